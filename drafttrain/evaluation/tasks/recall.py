@@ -1,0 +1,98 @@
+"""Recall: values hidden in a document under keys, asked for by key.
+
+A needle reads "The code for amber-fox is 48213." (or a password, a pair of words); keys of a document are unique except
+where one key is given several values on purpose.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from drafttrain.evaluation.tasks.base import Kind, Room, Turn
+from drafttrain.evaluation.tasks.filler import ask, fill, noise, paragraphs, prose, scatter
+from drafttrain.evaluation.tasks.words import ADJECTIVES, NOUNS
+
+_EXTRA_KEYS = 3
+_ONE = ("What is the {what} for {keys}?", "Give the {what} for {keys}.", "Which {what} belongs to {keys}?")
+_MANY = ("What are the {what}s for {keys}?", "Give the {what}s for {keys}.", "Which {what}s belong to {keys}?")
+_ALL = ("What are all the {what}s for {keys}?", "Give all the {what}s for {keys}.", "List every {what} for {keys}.")
+
+
+class Vault:
+    """Fresh keys and values of one document: no key and no value is drawn twice."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng, self._used = rng, set()
+        self.what = rng.choice(("code", "password"))
+
+    def key(self) -> str:
+        return self._fresh(lambda: f"{self._rng.choice(ADJECTIVES)}-{self._rng.choice(NOUNS)}")
+
+    def value(self) -> str:
+        if self.what == "code":
+            return self._fresh(lambda: str(self._rng.randrange(10_000, 100_000)))
+        return self._fresh(lambda: "-".join(self._rng.sample(NOUNS, 2)))
+
+    def needle(self, key: str, value: str) -> str:
+        return f"The {self.what} for {key} is {value}."
+
+    def distractors(self) -> Iterator[str]:
+        while True:
+            yield self.needle(self.key(), self.value())
+
+    def _fresh(self, draw: Callable[[], str]) -> str:
+        while (text := draw()) in self._used:
+            pass
+        self._used.add(text)
+        return text
+
+
+def make(hunt: str, hay: str, rng: random.Random, room: Room, questions: int) -> tuple[Turn, ...]:
+    """One document and its questions. `hunt` says what is asked, `hay` what the needles hide in."""
+    vault = Vault(rng)
+    needles = _needles(hunt, vault, rng, questions)
+    turns = _questions(hunt, vault.what, needles, rng, questions)
+    lines = [vault.needle(key, value) for key, value in needles]
+    for text in (*lines, *(turn.user for turn in turns), *(turn.answer for turn in turns)):
+        room.take(text)
+    if hay == "distractors":
+        return ask("\n".join(scatter(rng, lines, fill(room, vault.distractors(), line=True))), turns)
+    straw = fill(room, prose(rng) if hay == "prose" else noise())
+    return ask(paragraphs(scatter(rng, lines, straw)), turns)
+
+
+def _needles(hunt: str, vault: Vault, rng: random.Random, questions: int) -> list[tuple[str, str]]:
+    """Keys with their values, in document order."""
+    keys = [vault.key() for _ in range(questions + (hunt in ("multi_key", "multi_query")) * _EXTRA_KEYS)]
+    if hunt != "multi_value":
+        return [(key, vault.value()) for key in keys]
+    pairs = [(key, vault.value()) for key in keys for _ in range(rng.randint(2, 3))]
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _questions(hunt: str, what: str, needles: list[tuple[str, str]], rng: random.Random, questions: int) -> list[Turn]:
+    keys = list(dict.fromkeys(key for key, _ in needles))
+    if hunt == "multi_query":
+        asked = [rng.sample(keys, rng.randint(2, 3)) for _ in range(questions)]
+    else:
+        asked = [[key] for key in rng.sample(keys, questions)]
+    forms = {"multi_query": _MANY, "multi_value": _ALL}.get(hunt, _ONE)
+    return [_question(rng.choice(forms), what, group, needles) for group in asked]
+
+
+def _question(form: str, what: str, asked: list[str], needles: list[tuple[str, str]]) -> Turn:
+    """Values in the order the keys are asked; those of one key in order of appearance."""
+    values = [value for key in asked for owner, value in needles if owner == key]
+    keys = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + f" and {asked[-1]}"
+    return Turn(form.format(what=what, keys=keys), ", ".join(values))
+
+
+_MIN_LENGTH = {"single": 80, "multi_key": 120, "multi_value": 120, "multi_query": 120}
+
+KINDS = tuple(
+    Kind(f"recall/{hunt}/{hay}", _MIN_LENGTH[hunt], partial(make, hunt, hay))
+    for hunt in _MIN_LENGTH
+    for hay in ("prose", "noise", "distractors")
+    if (hunt, hay) != ("single", "distractors")  # that would be multi_key/distractors
+)
