@@ -1,0 +1,102 @@
+"""Ranks, barriers and progress, the same under python, accelerate, torchrun and deepspeed.
+
+torch is imported inside the functions: programs that only print their help do not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
+
+BARRIER_TIMEOUT = timedelta(hours=6)
+"""Processes that make data wait for the slowest one, which may have hours more to do than the first."""
+
+
+def _initialized() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def init_if_launched() -> None:
+    """Join the process group when a launcher started several processes; otherwise do nothing.
+
+    CUDA processes take their own device and NCCL, others gloo. Calling it twice is harmless, and a group made
+    by accelerate or DeepSpeed is used as it is.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or _initialized():
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=BARRIER_TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=BARRIER_TIMEOUT)
+
+
+def rank() -> int:
+    """Number of this process, 0 when there is one."""
+    if _initialized():
+        import torch.distributed as dist
+
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, which is also the number of its device."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    if _initialized():
+        import torch.distributed as dist
+
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _initialized():
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the process group at the end of a program, if there is one."""
+    if _initialized():
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def say(message: str) -> None:
+    """Print once, whatever the number of processes."""
+    if is_main():
+        print(message, flush=True)
+
+
+def progress(iterable: Iterable[T], total: int | None = None, description: str = "") -> Iterator[T]:
+    """Iterate with a progress bar on the first process, silently on the others."""
+    if not is_main():
+        yield from iterable
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), refresh_per_second=2) as bar:
+        yield from bar.track(iterable, total=total, description=description)

@@ -1,0 +1,308 @@
+"""The recipe: one pair of models, one file, one run folder.
+
+Every section of a recipe is a dataclass here; the string under a field is its help on the command line. `config.py`
+reads recipes from YAML and flags. Nothing here imports torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PATH = {"path": True}
+"""Marks fields that name a file or folder (or a hub id): looked for beside the recipe and in the repository too."""
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are drawn from a model's distribution."""
+
+    temperature: float = 1.0
+    """divides the logits; 0 means greedy decoding"""
+    top_k: int = 0
+    """keep the k most likely tokens; 0 keeps all"""
+    top_p: float = 1.0
+    """keep the smallest set of tokens whose probability reaches this; 1 keeps all"""
+    min_p: float = 0.0
+    """drop tokens less likely than this share of the most likely one; 0 drops none"""
+    repetition_penalty: float = 1.0
+    """divides the positive logits of tokens already seen and multiplies the negative ones; 1 is off"""
+
+
+@dataclass
+class TargetConfig:
+    """The target: the model whose decoding is made faster, exactly as it is served."""
+
+    path: str = field(default="checkpoints/reference-target", metadata=PATH)
+    """a Hugging Face model folder or hub id"""
+    revision: str | None = None
+    """branch, tag or commit of a hub model"""
+    dtype: str = "auto"
+    """auto (as stored), float32, bfloat16, float16 or float64"""
+    device_map: str | dict[str, Any] | None = None
+    """passed to transformers: auto, cuda:0, cpu, or a map of modules to devices"""
+    quantization: dict[str, Any] | None = None
+    """keys of a transformers quantization config, with its quant_method (bitsandbytes, gptq, awq, fp8, ...)"""
+    trust_remote_code: bool = False
+    """let the model's own Python code run on this machine"""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adaptation of a drafter through peft, merged into the weights on export."""
+
+    r: int = 16
+    """rank of the update"""
+    alpha: int = 32
+    """scale of the update is alpha / r"""
+    dropout: float = 0.0
+    """dropout on the input of the update"""
+    target_modules: str | list[str] = "all-linear"
+    """names of the layers to adapt"""
+
+
+@dataclass
+class DrafterConfig:
+    """The drafter: the small model that proposes tokens."""
+
+    kind: Literal["new", "cut", "pretrained"] = "cut"
+    """new (from `config`, random weights), cut (chosen layers of the target), pretrained (`path`)"""
+    path: str | None = field(default=None, metadata=PATH)
+    """pretrained: a Hugging Face causal LM with the target's tokenizer; elsewhere: a trained drafter to use"""
+    init_from: str | None = field(default=None, metadata=PATH)
+    """a drafter checkpoint to continue from, whatever its kind"""
+    layers: list[int] = field(default_factory=list)
+    """cut: which layers of the target to keep, counted from 0; negative numbers count from the end"""
+    config: dict[str, Any] = field(default_factory=dict)
+    """new: keys of a transformers config, e.g. num_hidden_layers; the rest is taken from the target"""
+    lora: LoraConfig | None = None
+    """train low-rank updates only, merged on export"""
+    dtype: str = "float32"
+    """dtype that the drafter is trained in; bf16: true under training.arguments gives mixed precision"""
+
+
+@dataclass
+class PromptsConfig:
+    """Where the prompts come from and how they are split."""
+
+    source: Literal["reference", "file", "hub"] = "reference"
+    """reference (the built-in tasks), file (JSONL, JSON, Parquet, text) or hub (a `datasets` id)"""
+    path: str | None = field(default=None, metadata=PATH)
+    """the file, or the hub id; `id:config` names a configuration of it"""
+    hub_split: str = "train"
+    """hub: which split of the data set to read"""
+    preset: Literal["auto", "humaneval", "gsm8k", "mt_bench", "spec_bench", "messages", "text", "fields"] = "auto"
+    """shape of the rows; auto recognises it from the field names"""
+    fields: dict[str, str] = field(default_factory=dict)
+    """preset fields: which fields hold prompt, messages, turns, tools, system, answer, task, id"""
+    mixture: dict[str, int] = field(default_factory=dict)
+    """reference: how many prompts of each task kind; empty takes a balanced default"""
+    length: int = 512
+    """reference: length in tokens of the prompts of tasks that can be made at any length"""
+    limit: int | None = None
+    """use at most this many prompts"""
+    max_tokens: int | None = None
+    """refuse prompts longer than this; the default is what the target's context leaves room for"""
+    held_out: float = 0.1
+    """share of conversations held out for test, and again as many for tuning"""
+    near_duplicate: float = 0.8
+    """Jaccard similarity from which two prompts count as the same; 1 removes exact copies only"""
+    system: str | None = None
+    """system prompt put before conversations that have none"""
+    seed: int = 0
+    """seed of the choice of prompts and of the split, apart from the recipe's so that training seeds share a split"""
+
+
+@dataclass
+class ResponsesConfig:
+    """The target's answers, which everything is trained on."""
+
+    source: Literal["generate", "logged"] = "generate"
+    """generate (the target answers) or logged (the file already holds answers of the target)"""
+    max_new_tokens: int = 256
+    """longest answer, in tokens"""
+    batch_size: int = 16
+    """prompts answered together; the rows do not depend on it"""
+    shard_rows: int = 64
+    """rows of one file; the unit of work that is done again after a crash"""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """how the target draws its answers; the pair is tuned for this setting"""
+
+
+@dataclass
+class TrainingConfig:
+    """Distillation of the drafter."""
+
+    losses: dict[str, float] = field(default_factory=lambda: {"forward_kl": 1.0})
+    """loss names and weights: forward_kl, reverse_kl, jensen_shannon, total_variation, cross_entropy"""
+    temperature: float = 1.0
+    """divides both models' logits in the loss"""
+    on_policy_fraction: float = 0.0
+    """share of the steps in which the drafter writes and the target scores"""
+    on_policy_tokens: int = 64
+    """length of a continuation that the drafter writes, in tokens; the same on all ranks"""
+    max_length: int | None = None
+    """cut sequences to this many tokens; the default is the smaller context of the two models"""
+    chunk_tokens: int = 256
+    """tokens whose logits exist at one time; lower it when memory is short"""
+    tau_evaluations: int = 10
+    """how often real tokens per round are measured on held-out prompts while training; 0 never"""
+    tau_prompts: int = 32
+    """held-out prompts used for it"""
+    tau_length: int = 5
+    """drafted tokens per round in it"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """passed on to transformers.TrainingArguments: learning_rate, num_train_epochs, bf16, deepspeed, ..."""
+
+
+@dataclass
+class TracesConfig:
+    """Records of what the target would accept of the drafter's proposals."""
+
+    sampling: SamplingConfig | None = None
+    """decoding setting that the traces are made for; that of the responses by default"""
+    top_k: int = 16
+    """most likely tokens of both models stored per position"""
+    temperatures: list[float] = field(default_factory=lambda: [0.5, 0.7, 1.0])
+    """temperatures at which log Z is stored"""
+    run_length: int = 0
+    """drafted tokens recorded beyond every rejection (R), for exact replay of rules that draft on; 0 none"""
+    shard_rows: int = 64
+    """rows of one file; the unit of work that is done again after a crash"""
+    batch_size: int = 8
+    """responses traced together; the rows do not depend on it"""
+    scores: list[str] = field(default_factory=list)
+    """stopping rules whose scores are stored: confidence, entropy, or acceptance heads by path"""
+
+
+@dataclass
+class HeadConfig:
+    """The acceptance head of SpecDec++: predicts whether the target will accept the next drafted token."""
+
+    state: Literal["producing", "consumed"] = "producing"
+    """the drafter state that is read: the one that produced the token, or the one after reading it (published)"""
+    depth: int = 3
+    """residual SiLU blocks before the output; 0 is a linear probe"""
+    tied: bool = False
+    """one set of weights for all blocks, as in the published code"""
+    features: list[Literal["log_q", "entropy", "step"]] = field(default_factory=lambda: ["log_q", "entropy"])
+    """inputs beside the state: log_q of the token, entropy of q, step within the round"""
+    w_acc: float = 1.0
+    """weight of the loss on accepted tokens"""
+    w_rej: float = 6.0
+    """weight of the loss on rejected tokens"""
+    mixing: float = 0.15
+    """share of positions whose token is taken from the drafter instead of the response, drawn anew each epoch"""
+    data: Literal["mixed", "exact", "rounds"] = "mixed"
+    """mixed (token mixing), exact (responses as they are) or rounds (runs of drafted tokens, as when decoding)"""
+    init_from: str | None = field(default=None, metadata=PATH)
+    """a head to continue from"""
+    min_length: int = 1
+    """fewest tokens drafted per round"""
+    max_length: int = 20
+    """most tokens drafted per round"""
+    threshold: float = 0.7
+    """drafting stops when the predicted probability of a rejection so far exceeds this (h)"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """passed on to transformers.TrainingArguments"""
+
+
+@dataclass
+class EvaluateConfig:
+    """Sweeps by replay, then real runs of the best settings."""
+
+    methods: list[str] | None = None
+    """expressions to run, e.g. "Model(drafter, length=5)"; by default the best of each kind found by replay"""
+    max_length: int = 12
+    """fixed lengths 1..max_length are swept"""
+    thresholds: list[float] = field(
+        default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+    )
+    """thresholds swept for acceptance heads and confidence"""
+    samplings: list[SamplingConfig] = field(default_factory=list)
+    """decoding settings to measure; that of the responses by default"""
+    prompts_per_task: int = 8
+    """test prompts of each task that are really run"""
+    max_new_tokens: int = 128
+    """longest answer in real runs, in tokens"""
+    batch_size: int = 1
+    """sequences decoded together in real runs"""
+    repeats: int = 3
+    """interleaved repetitions of every method"""
+    warmup: int = 1
+    """prompts run by every method before anything is timed"""
+    dtype: str = "auto"
+    """dtype in which speed is measured; auto takes bfloat16 where the hardware has it"""
+    top: int = 2
+    """settings of each kind that are really run after the sweep"""
+    min_speedup: float = 1.05
+    """lower bound of the speed-up's interval from which the verdict is to deploy"""
+    bootstrap: int = 2000
+    """resamples behind every interval"""
+    tolerance: float = 4.0
+    """fp32 divergences pass when the top-1/top-2 gap is at most this times the measured logit noise"""
+
+
+@dataclass
+class ExportConfig:
+    """What is written for which consumer."""
+
+    to: Literal["transformers", "vllm", "sglang"] = "transformers"
+    """transformers, vllm or sglang"""
+    output: str | None = None
+    """folder to write; `export/<to>` in the run folder by default"""
+
+
+@dataclass
+class CorpusConfig:
+    """The reference world: the interpreter's standard library and procedural tasks."""
+
+    vocab_size: int = 4096
+    """entries of the byte-level BPE tokenizer"""
+    task_documents: int = 4000
+    """task examples that the tokenizer is trained on beside the code"""
+    data_table_weight: float = 0.05
+    """weight of modules that are data tables"""
+    seed: int = 0
+    """seed of the task examples"""
+
+
+@dataclass
+class PretrainConfig:
+    """Training of the reference target from scratch."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """keys of transformers.LlamaConfig"""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """stages of the stream, each with steps, tokens, lengths, mixture and jumps (training/pretrain_data.py)"""
+    learning_rate: float = 0.004
+    """peak learning rate (Muon scaled to AdamW's update size)"""
+    warmup_steps: int = 100
+    """steps in which the learning rate rises"""
+    decay_steps: int = 400
+    """steps in which it falls to zero, at the end"""
+    save_every: int = 200
+    """steps between checkpoints and probes"""
+    init_from: str | None = None
+    """continue from the weights of this folder"""
+    seed: int = 0
+    """seed of weights and data order"""
+
+
+@dataclass
+class Recipe:
+    """A model pair and everything that is done with it."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    responses: ResponsesConfig = field(default_factory=ResponsesConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    traces: TracesConfig = field(default_factory=TracesConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    seed: int = 0
+    """seed of everything that has none of its own"""
