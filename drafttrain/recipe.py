@@ -192,9 +192,11 @@ class HeadConfig:
     w_rej: float = 6.0
     """weight of the loss on rejected tokens"""
     mixing: float = 0.15
-    """share of positions whose token is taken from the drafter instead of the response, drawn anew each epoch"""
-    data: Literal["mixed", "exact", "rounds"] = "mixed"
-    """mixed (token mixing), exact (responses as they are) or rounds (runs of drafted tokens, as when decoding)"""
+    """data mixed: share r of the positions that keep the response's token, all others take the drafter's; drawn anew
+    each epoch"""
+    data: Literal["mixed", "exact", "rounds"] = "exact"
+    """exact (each drafted token after the response's own prefix), mixed (published: token mixing, state consumed only)
+    or rounds (drafting rounds as when decoding, with the tokens drafted beyond a rejection)"""
     init_from: str | None = field(default=None, metadata=PATH)
     """a head to continue from"""
     min_length: int = 1
