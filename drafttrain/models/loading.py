@@ -1,0 +1,262 @@
+"""Loading Hugging Face models: one way for target, drafters and stand-ins, with people's mistakes told in a sentence.
+
+Safetensors only: no pickle is ever opened. A model's own Python code runs only when a flag asks for it.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from drafttrain.config import TargetConfig, nearest
+from drafttrain.distributed import local_rank
+from drafttrain.errors import UserError
+from drafttrain.models.checkpoint import restore_interrupted
+from drafttrain.models.fingerprint import Fingerprint, fingerprint, tokenizer_hash
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to use, with what identifies it."""
+
+    model: Any
+    tokenizer: Any
+    fingerprint: Fingerprint
+    path: str
+
+
+def load_target(config: TargetConfig) -> Loaded:
+    """The target, in eval mode, without gradients, on this process's device unless `device_map` says otherwise.
+
+    Raises:
+        UserError: there is no such model, it has no safetensors, it is damaged, or it could not be downloaded.
+    """
+    model = load_causal_lm(
+        config.path,
+        dtype=config.dtype,
+        device_map=config.device_map or {"": str(default_device())},
+        quantization=config.quantization,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(config.path, config.revision, config.trust_remote_code)
+    return Loaded(model, tokenizer, fingerprint(model, tokenizer), config.path)
+
+
+def load_drafter(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
+    """A drafter to decode with: eval mode, without gradients, on this process's device. Raises as `load_target`."""
+    return load_target(TargetConfig(path=str(path), dtype=dtype, trust_remote_code=trust_remote_code))
+
+
+def load_causal_lm(
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    quantization: dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    config: Any = None,
+) -> Any:
+    """A causal LM in eval mode, parameters as trainable as they are; on the CPU when `device_map` is None.
+
+    Args:
+        path: a folder or a hub id.
+        dtype: auto (as stored) or a name in `DTYPES`.
+        device_map: as in transformers.
+        quantization: keys of a transformers quantization config with its `quant_method`.
+        revision: of a hub model.
+        trust_remote_code: let the model's own code run.
+        config: a transformers config to use instead of the stored one.
+
+    Raises:
+        UserError: as `load_target`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = _check_folder(path, weights=True)
+    extra = {} if config is None else {"config": config}
+    if quantization is not None:
+        extra["quantization_config"] = quantization_config(quantization)
+    with _told(path):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=_dtype(dtype),
+            device_map=device_map,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"the weights of {path} lack {missing[0]} and {len(missing) - 1} more; get a complete copy.")
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model; where it has no padding token, the end-of-sequence token pads.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    path = _check_folder(path, weights=False)
+    if Path(path).is_dir() and not _has_tokenizer(Path(path)):
+        raise UserError(f"{path} has no tokenizer (tokenizer.json); copy the tokenizer of its model there.")
+    with _told(path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def default_device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def max_context(model: nn.Module) -> int:
+    """Longest sequence, in tokens, that the model was made for."""
+    return model.config.get_text_config().max_position_embeddings
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Width of the model's logits, padding included."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def shared_vocabulary(target: nn.Module, drafter: nn.Module) -> int:
+    """Number of leading token ids that both models have logits for.
+
+    Vocabularies of one family are padded to different sizes (Qwen: 151,936 and 152,064); no text ever needs the
+    padding, so both models' logits are cut to the shorter.
+    """
+    return min(vocabulary_size(target), vocabulary_size(drafter))
+
+
+def check_same_tokenizer(target: Any, drafter: Any, drafter_path: str = "the drafter") -> None:
+    """Refuse a drafter that numbers or splits text otherwise than the target.
+
+    Raises:
+        UserError: names the first token that differs.
+    """
+    if tokenizer_hash(target) == tokenizer_hash(drafter):
+        return
+    ours, theirs = target.get_vocab(), drafter.get_vocab()
+    differing = sorted((index, token) for token, index in ours.items() if theirs.get(token) != index)
+    if differing:
+        index, token = differing[0]
+        detail = f"token {token!r} is {index} in the target and {theirs.get(token, 'absent')} in the drafter"
+    elif len(ours) != len(theirs):
+        detail = f"{len(ours)} entries in the target, {len(theirs)} in the drafter"
+    else:
+        detail = "the same entries, but text is split differently"
+    raise UserError(f"{drafter_path} has another tokenizer than the target ({detail}); take a drafter of its family.")
+
+
+def quantization_config(settings: dict[str, Any]) -> Any:
+    """A transformers quantization config from plain settings, chosen by `quant_method`.
+
+    Raises:
+        UserError: no or unknown method, unknown or impossible settings, or the library for it is not installed.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+
+    method = settings.get("quant_method")
+    known = sorted(AUTO_QUANTIZATION_CONFIG_MAPPING)
+    if method == "bitsandbytes":
+        bits = "load_in_8bit" if settings.get("load_in_8bit") else "load_in_4bit"
+        settings = {bits: True, **settings}
+    elif method not in known:
+        guess = nearest(str(method), known)
+        raise UserError(f"target.quantization.quant_method is {method}; did you mean {guess}? Known: {', '.join(known)}.")
+    try:
+        return AutoQuantizationConfig.from_dict(settings)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"target.quantization ({method}) cannot be used: {_one_line(error)}.") from None
+
+
+class _told:
+    """Context: what goes wrong while opening a model becomes one sentence; bugs and full disks pass through."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
+        from safetensors import SafetensorError
+
+        if isinstance(error, OSError) and error.errno in _MENDABLE:
+            return False
+        local = Path(self.path).is_dir()
+        if isinstance(error, SafetensorError):
+            raise UserError(f"the weights in {self.path} are damaged or truncated ({_one_line(error)}); copy them again.")
+        if isinstance(error, ImportError):
+            raise UserError(f"{self.path} needs a library that is not installed: {_one_line(error)}.") from None
+        if isinstance(error, OSError | ValueError | RuntimeError | KeyError) and local:
+            raise UserError(f"{self.path} cannot be loaded: {_one_line(error)}.") from error
+        if isinstance(error, OSError | ValueError):
+            raise UserError(
+                f"{self.path} is no folder here and could not be got from the hub ({_one_line(error)}); check the name and "
+                "the network and run again, what was downloaded is kept."
+            ) from error
+        return False
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        guess = nearest(dtype, ["auto", *DTYPES])
+        raise UserError(f"dtype {dtype} is unknown; did you mean {guess}? Known: auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
+
+
+def _check_folder(path: str | Path, weights: bool) -> str:
+    """`path` as a string, refused when it is clearly no model; hub ids (owner/name, not there as a folder) pass."""
+    folder = Path(path).expanduser()
+    restore_interrupted(folder)
+    if not folder.exists():
+        looks_local = folder.is_absolute() or str(path).startswith(".") or len(folder.parts) != 2
+        if looks_local:
+            raise UserError(f"{path} does not exist; give the folder of a Hugging Face model or a hub id (owner/name).")
+        return str(path)
+    if not folder.is_dir():
+        raise UserError(f"{path} is a file; give the folder of a Hugging Face model.")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{path} is no Hugging Face model (no config.json); check the path.")
+    if weights and not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        has = f"holds pickled weights only ({pickles[0]})" if pickles else "holds no weights"
+        raise UserError(f"{path} {has}; this program reads safetensors only, so convert or copy model.safetensors there.")
+    return str(folder)
