@@ -434,7 +434,8 @@ def _parser(
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
-        epilog=f"{short}. " * bool(short) + "Recipes may hold the sections of the other programs too; each takes its own.",
+        epilog=f"{short}. " * bool(short)
+        + "Recipes may hold the sections of the other programs too; each takes its own.",
     )
     parser.add_argument("--config", metavar="RECIPE", help="YAML recipe; flags override it")
     parser.add_argument("--run", metavar="DIR", help="run folder: inputs and outputs by fixed names")

@@ -95,8 +95,8 @@ def progress(iterable: Iterable[T], total: int | None = None, description: str =
     if not is_main():
         yield from iterable
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich import progress as parts
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), refresh_per_second=2) as bar:
+    columns = (parts.TextColumn("{task.description}"), parts.BarColumn(), parts.MofNCompleteColumn())
+    with parts.Progress(*columns, parts.TimeElapsedColumn(), parts.TimeRemainingColumn(), refresh_per_second=2) as bar:
         yield from bar.track(iterable, total=total, description=description)

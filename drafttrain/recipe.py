@@ -91,10 +91,13 @@ class PromptsConfig:
     """the file, or the hub id; `id:config` names a configuration of it"""
     hub_split: str = "train"
     """hub: which split of the data set to read"""
-    preset: Literal["auto", "humaneval", "gsm8k", "mt_bench", "spec_bench", "messages", "text", "fields"] = "auto"
+    preset: Literal[
+        "auto", "humaneval", "mbpp", "gsm8k", "mt_bench", "spec_bench", "alpaca", "messages", "text", "fields"
+    ] = "auto"
     """shape of the rows; auto recognises it from the field names"""
     fields: dict[str, str] = field(default_factory=dict)
-    """preset fields: which fields hold prompt, messages, turns, tools, system, answer, task, id"""
+    """preset fields: which fields hold prompt, turns or messages (chat) or text (to be continued without a chat
+    template), and answer (recorded, for logged responses), system, tools, task, id, reference"""
     mixture: dict[str, int] = field(default_factory=dict)
     """reference: how many prompts of each task kind; empty takes a balanced default"""
     length: int = 512
@@ -102,7 +105,7 @@ class PromptsConfig:
     limit: int | None = None
     """use at most this many prompts"""
     max_tokens: int | None = None
-    """refuse prompts longer than this; the default is what the target's context leaves room for"""
+    """leave out prompts longer than this; without it a prompt that fills the target's context is an error"""
     held_out: float = 0.1
     """share of conversations held out for test, and again as many for tuning"""
     near_duplicate: float = 0.8

@@ -221,7 +221,9 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             "make it again."
         )
     if not manifest.get("complete"):
-        raise UserError(f"{folder} is unfinished; run the program that makes the {kind} again, it goes on where it was.")
+        raise UserError(
+            f"{folder} is unfinished; run the program that makes the {kind} again, it goes on where it was."
+        )
     return manifest
 
 
@@ -290,7 +292,9 @@ def _tables(
         yield _read_shard(folder / shard["file"], shard, kind, columns)
 
 
-def _check_expected(folder: Path, manifest: dict[str, Any], expect: Mapping[str, Any], accept_new_weights: bool) -> None:
+def _check_expected(
+    folder: Path, manifest: dict[str, Any], expect: Mapping[str, Any], accept_new_weights: bool
+) -> None:
     expect = json.loads(json.dumps(expect))
     found = differences(_restrict(manifest, expect), expect)
     if accept_new_weights:

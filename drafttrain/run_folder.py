@@ -89,7 +89,9 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
-            raise UserError(f"cannot write to the run folder {self.path} ({reason}); choose another with --run.") from None
+            raise UserError(
+                f"cannot write to the run folder {self.path} ({reason}); choose another with --run."
+            ) from None
         return self
 
     def require(self, path: Path, made_by: str) -> Path:

@@ -117,7 +117,9 @@ def read_info(folder: str | os.PathLike[str]) -> CheckpointInfo:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is no checkpoint of drafttrain (no {INFO}); train one there or check the path.") from None
+        raise UserError(
+            f"{folder} is no checkpoint of drafttrain (no {INFO}); train one there or check the path."
+        ) from None
     except ValueError:
         raise UserError(f"{path} is damaged; train it again or restore the file.") from None
     if values.get("schema_version", 0) > SCHEMA_VERSION:
@@ -178,7 +180,13 @@ def model_card(name: str, info: CheckpointInfo) -> str:
 
     front: dict[str, Any] = {"license": info.license or "other", "library_name": "transformers"}
     front["tags"] = ["speculative-decoding", "drafttrain", info.kind]
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {_TITLES.get(info.kind, info.kind)}: {name}"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {_TITLES.get(info.kind, info.kind)}: {name}",
+    ]
     if info.description:
         lines += ["", info.description]
     if info.target is not None:

@@ -79,7 +79,9 @@ class Fingerprint:
 
     def differing(self, other: Fingerprint) -> list[str]:
         """Names of the parts that differ."""
-        return [part for part in ("tokenizer", "architecture", "weights") if getattr(self, part) != getattr(other, part)]
+        return [
+            part for part in ("tokenizer", "architecture", "weights") if getattr(self, part) != getattr(other, part)
+        ]
 
     def require(
         self,
@@ -148,7 +150,9 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _fetched(module: nn.Module, own: dict[str, Tensor]) -> Any:
     if any(hasattr(tensor, "ds_id") for tensor in own.values()):
-        raise RuntimeError("the weights are partitioned by ZeRO-3: take the fingerprint before TrainingArguments is made")
+        raise RuntimeError(
+            "the weights are partitioned by ZeRO-3: take the fingerprint before TrainingArguments is made"
+        )
     if any(tensor.is_meta for tensor in own.values()):
         from accelerate.utils import align_module_device
 

@@ -188,7 +188,9 @@ def quantization_config(settings: dict[str, Any]) -> Any:
         settings = {bits: True, **settings}
     elif method not in known:
         guess = nearest(str(method), known)
-        raise UserError(f"target.quantization.quant_method is {method}; did you mean {guess}? Known: {', '.join(known)}.")
+        raise UserError(
+            f"target.quantization.quant_method is {method}; did you mean {guess}? Known: {', '.join(known)}."
+        )
     try:
         return AutoQuantizationConfig.from_dict(settings)
     except (TypeError, ValueError, ImportError) as error:
@@ -211,7 +213,9 @@ class _told:
             return False
         local = Path(self.path).is_dir()
         if isinstance(error, SafetensorError):
-            raise UserError(f"the weights in {self.path} are damaged or truncated ({_one_line(error)}); copy them again.")
+            raise UserError(
+                f"the weights in {self.path} are damaged or truncated ({_one_line(error)}); copy them again."
+            )
         if isinstance(error, ImportError):
             raise UserError(f"{self.path} needs a library that is not installed: {_one_line(error)}.") from None
         if isinstance(error, OSError | ValueError | RuntimeError | KeyError) and local:
@@ -258,5 +262,7 @@ def _check_folder(path: str | Path, weights: bool) -> str:
     if weights and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         has = f"holds pickled weights only ({pickles[0]})" if pickles else "holds no weights"
-        raise UserError(f"{path} {has}; this program reads safetensors only, so convert or copy model.safetensors there.")
+        raise UserError(
+            f"{path} {has}; this program reads safetensors only, so convert or copy model.safetensors there."
+        )
     return str(folder)
