@@ -1,0 +1,348 @@
+"""The acceptance head of SpecDec++: will the target accept the token that the drafter just drew?
+
+A small network on the drafter's last hidden state (after the final norm) predicts P' = P(Y_i accepted | everything
+before it was accepted); drafting stops when the predicted chance of a rejection so far, 1 - prod P'_i, exceeds a
+threshold. The head never touches the output: it only decides when to ask the target.
+
+Which state is read is part of the head, saved with it:
+
+* `producing`: the state whose logits drew Y_i. Known at once, and it depends on the tokens before Y_i only; what it
+  cannot know of Y_i itself comes from the feature log q(Y_i).
+* `consumed`: the state after reading Y_i (the published form), known one drafter forward later.
+
+`depth` residual blocks x <- x + SiLU(W x + b), then one logit; depth 0 is a linear probe. The published code repeats
+one block object, so its blocks share their weights: `tied` reproduces that, untied is the default.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from drafttrain.errors import UserError
+from drafttrain.models.fingerprint import Fingerprint
+
+# B drafted tokens (any batch), H hidden size of the drafter, F columns of scalar features
+
+FEATURES = ("log_q", "entropy", "step")
+_COLUMNS = 2  # columns that one feature becomes
+_SMALLEST = 1.2e-7  # float32 resolution at 1: probabilities closer to 0 cannot be told from it
+MODEL_TYPE = "drafttrain_acceptance_head"
+
+
+@dataclass(frozen=True)
+class AcceptanceHeadConfig:
+    """Everything about a head that is not a weight; the whole of its config.json.
+
+    Attributes:
+        hidden_size: of the drafter.
+        state, depth, tied, features: the network, see the module's docstring.
+        w_acc, w_rej: loss weights that it was trained with; they distort P', `calibrated` undoes it.
+        data, mixing: how training sequences were made; r of token mixing.
+        sampling: decoding setting that the labels follow (temperature 0 is greedy).
+        min_length, max_length, threshold: recommended limits of a round and h.
+        calibrated: whether `score` inverts the loss weighting, so that it returns a probability that can be believed.
+        target, drafter: fingerprints of the pair, None only for a head that was never trained.
+    """
+
+    hidden_size: int
+    state: Literal["producing", "consumed"] = "producing"
+    depth: int = 3
+    tied: bool = False
+    features: tuple[str, ...] = ("log_q", "entropy")
+    w_acc: float = 1.0
+    w_rej: float = 6.0
+    data: str = "exact"
+    mixing: float = 0.0
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    min_length: int = 1
+    max_length: int = 20
+    threshold: float = 0.7
+    calibrated: bool = False
+    target: Fingerprint | None = None
+    drafter: Fingerprint | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.features if name not in FEATURES]
+        checks = {
+            "depth": (0 <= self.depth <= 4, "between 0 (linear probe) and 4"),
+            "w_acc": (self.w_acc > 0, "positive"),
+            "w_rej": (self.w_rej > 0, "positive"),
+            "state": (self.state in ("producing", "consumed"), "producing or consumed"),
+            "data": (self.data in ("exact", "mixed", "rounds"), "exact, mixed or rounds"),
+            "features": (not unknown, f"made of {', '.join(FEATURES)}"),
+            "mixing": (0 <= self.mixing <= 1, "a probability"),
+            "threshold": (0 <= self.threshold <= 1, "a probability"),
+            "min_length": (1 <= self.min_length <= self.max_length, "between 1 and head.max_length"),
+        }
+        for name, (fine, rule) in checks.items():
+            if not fine:
+                raise UserError(f"head.{name} is {getattr(self, name)}, but it must be {rule}.")
+        if self.data == "mixed" and self.state == "producing":
+            # The producing state of Y sees the tokens before Y only: mixing would spoil it and save nothing.
+            raise UserError("head.data mixed needs head.state consumed; for the producing state take exact or rounds.")
+        # One order, whatever the recipe's: columns of the weights are laid out by it.
+        object.__setattr__(self, "features", tuple(name for name in FEATURES if name in self.features))
+
+    def to_json(self) -> str:
+        """Text of config.json."""
+        return json.dumps({"model_type": MODEL_TYPE, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> AcceptanceHeadConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is not the configuration of a head.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+            raise ValueError("not the configuration of an acceptance head")
+        unknown = set(values) - {item.name for item in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        for model in ("target", "drafter"):
+            if values.get(model) is not None:
+                values[model] = Fingerprint.from_dict(values[model])
+        values["features"] = tuple(values["features"])
+        return cls(**values)
+
+
+class AcceptanceHead(nn.Module):
+    """The network.
+
+    Example:
+        >>> head = AcceptanceHead.load("runs/q/head", drafter=fingerprint)
+        >>> head.score(hidden_BH, log_q_B, entropy_B)  # P' [B] float32
+    """
+
+    def __init__(self, config: AcceptanceHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        distinct = min(config.depth, 1) if config.tied else config.depth
+        self.blocks = nn.ModuleList(nn.Linear(size, size) for _ in range(distinct))
+        self.output = nn.Linear(size, 1)
+        if config.features:
+            columns = _COLUMNS * len(config.features)
+            # Features enter twice: into the blocks, to interact with the state, and straight into the logit, so that
+            # a logistic regression on them alone is inside the family at any depth. Both start silent.
+            self.feature_input = nn.Linear(columns, size, bias=False)
+            self.feature_output = nn.Linear(columns, 1, bias=False)
+            nn.init.zeros_(self.feature_input.weight)
+            nn.init.zeros_(self.feature_output.weight)
+        self._numpy: _NumpyWeights | None = None
+        self.calibrated = config.calibrated
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `score` inverts the loss weighting: P = w P' / (1 - P' + w P'), which adds log w to the logit."""
+        return self._calibrated
+
+    @calibrated.setter
+    def calibrated(self, on: bool) -> None:
+        self._calibrated = on
+        self._shift = math.log(self.config.w_rej / self.config.w_acc) if on else 0.0
+
+    def forward(
+        self,
+        hidden_BH: Tensor,
+        log_q_B: Tensor | None = None,
+        entropy_B: Tensor | None = None,
+        step_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of P' as trained, [B]; arguments as in `score`."""
+        x_BH = hidden_BH.to(self.output.weight.dtype)
+        columns_BF = None
+        if self.config.features:
+            columns_BF = torch.stack(self._columns(torch, (log_q_B, entropy_B, step_B)), dim=-1)
+            x_BH = x_BH + self.feature_input(columns_BF)
+        for block in list(self.blocks) * (self.config.depth if self.config.tied else 1):
+            x_BH = x_BH + F.silu(block(x_BH))
+        logit_B1 = self.output(x_BH)
+        if columns_BF is not None:
+            logit_B1 = logit_B1 + self.feature_output(columns_BF)
+        return logit_B1.squeeze(-1)
+
+    @torch.no_grad()
+    def score(
+        self,
+        hidden_BH: Tensor,
+        log_q_B: Tensor | None = None,
+        entropy_B: Tensor | None = None,
+        step_B: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted acceptance P' of drafted tokens, computed in float32.
+
+        The decoder calls this once per drafted token, so nothing here reads a value from the device, and on a CPU,
+        where starting an operation costs more than its arithmetic, NumPy computes it (a third of the time).
+
+        Args:
+            hidden_BH: the drafter's last hidden state after its final norm; producing or consumed, as `config.state`.
+            log_q_B: log q(Y) in nats, needed when the head has that feature; likewise the two below.
+            entropy_B: entropy of the q that drew Y, in nats.
+            step_B: place of Y in its round, from 1.
+
+        Returns:
+            [B] float32 in (0, 1); with `calibrated` the loss weighting is inverted.
+
+        Raises:
+            ValueError: a feature that the head reads was not given.
+        """
+        if hidden_BH.device.type != "cpu":
+            return torch.sigmoid(self(hidden_BH, log_q_B, entropy_B, step_B).float() + self._shift)
+        return self._score_on_cpu(hidden_BH, (log_q_B, entropy_B, step_B))
+
+    def _score_on_cpu(self, hidden_BH: Tensor, features: Sequence[Tensor | None]) -> Tensor:
+        weights = self._numpy or self._numpy_weights()
+        x_BH = hidden_BH.float().numpy()
+        single = len(x_BH) == 1
+        if single:
+            x_BH = x_BH[0]  # a vector times a matrix is quicker than a matrix of one row
+        logit_B = weights.output_bias + self._shift
+        if self.config.features:
+            given = [None if value is None else value.float().numpy() for value in features]
+            columns_BF = np.array(self._columns(np, given)).T
+            if single:
+                columns_BF = columns_BF[0]
+            x_BH = x_BH + columns_BF @ weights.feature_input
+            logit_B = logit_B + columns_BF @ weights.feature_output
+        for weight, bias in weights.blocks:
+            z_BH = x_BH @ weight + bias
+            x_BH = x_BH + z_BH * _sigmoid(z_BH)
+        return torch.from_numpy(np.asarray(_sigmoid(x_BH @ weights.output + logit_B), np.float32).reshape(-1))
+
+    def _columns(self, library: Any, features: Sequence[Any]) -> list[Any]:
+        """Scalar features as columns of order one, computed by `library` (torch or NumPy)."""
+        columns: list[Any] = []
+        for name, value in zip(FEATURES, features, strict=True):
+            if name not in self.config.features:
+                continue
+            if value is None:
+                raise ValueError(f"this head reads {name}, which was not given")
+            columns += _COLUMN_MAKERS[name](library, value)
+        return columns
+
+    def _numpy_weights(self) -> _NumpyWeights:
+        """Views of float32 parameters (they see every optimizer step), transposed for `x @ weight`."""
+        named = {name: value.detach().float().numpy() for name, value in self.named_parameters()}
+        blocks = [(named[f"blocks.{i}.weight"].T, named[f"blocks.{i}.bias"]) for i in range(len(self.blocks))]
+        self._numpy = _NumpyWeights(
+            blocks=blocks * (self.config.depth if self.config.tied else 1),
+            output=named["output.weight"][0],
+            output_bias=named["output.bias"],
+            feature_input=named["feature_input.weight"].T if self.config.features else None,
+            feature_output=named["feature_output.weight"][0] if self.config.features else None,
+        )
+        return self._numpy
+
+    def _apply(self, *args: Any, **kwargs: Any) -> AcceptanceHead:
+        self._numpy = None  # moved or converted: the views are of other memory
+        return super()._apply(*args, **kwargs)
+
+    # --- on disk ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write model.safetensors and config.json; `checkpoint.save_checkpoint` makes it atomic."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(self.config.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        target: Fingerprint | None = None,
+        drafter: Fingerprint | None = None,
+        accept_new_target: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> AcceptanceHead:
+        """Read a head for use (float32, frozen).
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            target, drafter: the models it will stand beside; None does not check.
+            accept_new_target: allow other weights of the same architecture and tokenizer.
+
+        Raises:
+            UserError: missing or damaged files, or the head was trained for another pair.
+        """
+        folder = Path(folder)
+        config = load_config(folder)
+        for what, recorded, present in (("target", config.target, target), ("drafter", config.drafter, drafter)):
+            if recorded is not None and present is not None:
+                recorded.require(
+                    present,
+                    f"the head in {folder} was trained for one {what}",
+                    accept_new_target,
+                    remedy="train a head for this pair with train_head.py",
+                )
+        head = cls(config)
+        try:
+            head.load_state_dict(load_file(folder / "model.safetensors"))
+        except FileNotFoundError:
+            raise UserError(f"{folder / 'model.safetensors'} is missing; train the head again.") from None
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder / 'model.safetensors'} is damaged ({reason}); train the head again.") from None
+        return head.float().eval().requires_grad_(False).to(device)
+
+
+def load_config(folder: str | os.PathLike[str]) -> AcceptanceHeadConfig:
+    """The configuration of a saved head.
+
+    Raises:
+        UserError: no head there, or its configuration is damaged.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"there is no acceptance head in {folder} (no config.json); train one with train_head.py.")
+    try:
+        return AcceptanceHeadConfig.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not the configuration of an acceptance head ({error}).") from None
+
+
+@dataclass(frozen=True)
+class _NumpyWeights:
+    blocks: list[tuple[np.ndarray, np.ndarray]]
+    output: np.ndarray
+    output_bias: np.ndarray
+    feature_input: np.ndarray | None
+    feature_output: np.ndarray | None
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(np.minimum(-x, 80.0)))  # beyond 80 float32 overflows and warns
+
+
+def _log_q_columns(library: Any, log_q_B: Any) -> list[Any]:
+    # log q and log(1 - q): their difference is the logit, in which confident tokens stay apart.
+    q_B = library.exp(log_q_B)
+    return [0.25 * library.log(q_B + _SMALLEST), 0.25 * library.log((1.0 + _SMALLEST) - q_B)]
+
+
+def _entropy_columns(library: Any, entropy_B: Any) -> list[Any]:
+    return [0.5 * entropy_B, 0.25 * library.log(entropy_B + _SMALLEST)]
+
+
+def _step_columns(library: Any, step_B: Any) -> list[Any]:
+    return [1.0 / step_B, 0.5 * library.log(step_B)]
+
+
+_COLUMN_MAKERS = {"log_q": _log_q_columns, "entropy": _entropy_columns, "step": _step_columns}
