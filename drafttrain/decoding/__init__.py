@@ -1,0 +1,1 @@
+"""The bundled decoder: engine, drafters, stopping rules, verification and the loop."""

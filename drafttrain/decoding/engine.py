@@ -1,0 +1,193 @@
+"""A Hugging Face causal language model read through our cache and attention: weights and one forward, nothing else.
+
+The engine holds no sequences: a caller asks for a cache and passes it along, so one engine can serve as target and
+drafter at once. The output head runs only where logits are wanted.
+"""
+
+# B batch, Q query width, K kept positions, H hidden, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from drafttrain.errors import UserError
+from drafttrain.ops.attention import NAME, prepare_mask
+from drafttrain.ops.cache import DenseCache
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class Output(NamedTuple):
+    """What a forward pass gives at the kept positions.
+
+    Attributes:
+        logits: [B, K, V], or None where none were asked for.
+        hidden: [B, K, H] the last hidden state, after the final norm (what transformers calls hidden_states[-1]).
+    """
+
+    logits: Tensor | None
+    hidden: Tensor
+
+
+class Engine:
+    """Runs a decoder-only transformers model over ragged batches.
+
+    Args:
+        model: a causal language model whose layers are full or sliding-window attention.
+        vocabulary: logits beyond it are padding rows of the embedding and are cut off; None keeps all.
+        chunk: prompts are read in pieces of this many tokens.
+
+    Raises:
+        UserError: the model has layers that cannot be rolled back (recurrent, chunked) or no such vocabulary.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, chunk: int = 1024) -> None:
+        config = model.config
+        self.model = model
+        self.config = config
+        self.chunk = chunk
+        self.windows = _layer_windows(config)
+        self.layers: int = config.num_hidden_layers
+        self.groups: int = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
+        self.softcap = getattr(config, "attn_logit_softcapping", None) is not None
+        rows = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary = rows if vocabulary is None else vocabulary
+        if not 0 < self.vocabulary <= rows:
+            raise UserError(f"a vocabulary of {self.vocabulary} tokens does not fit a model with {rows} output rows")
+        self._body = model.get_decoder()
+        self._head = _output_head(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens enter the model."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's activations."""
+        return self.model.dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model's positions allow, if it says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def new_cache(self, rows: int, capacity: int = 0) -> DenseCache:
+        """An empty cache for a batch, with room for ``capacity`` tokens a row before it grows."""
+        if self.model.training:
+            self.model.eval()
+        return DenseCache(self.layers, rows, self.device, capacity)
+
+    def forward(
+        self, cache: DenseCache, tokens_BQ: Tensor, counts: Sequence[int] | None = None, keep: str | None = "all"
+    ) -> Output:
+        """Read tokens behind what the cache holds.
+
+        Args:
+            cache: from `new_cache`; its rows grow by their counts.
+            tokens_BQ: int64 [B, Q], padded on the right.
+            counts: real tokens of each row; None means Q for all.
+            keep: "all" positions, the "last" real one of each row, or None for no logits.
+
+        Returns:
+            logits [B, K, V] and hidden [B, K, H] with K = Q ("all") or 1 ("last").
+        """
+        cache.open(tokens_BQ.shape[1])
+        positions_BQ = cache.query_positions()
+        masks = {
+            kind: prepare_mask(cache, positions_BQ, self.dtype, self.groups, window, self.softcap)
+            for kind, window in self.windows.items()
+        }
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        config, usual = self.config, self.config._attn_implementation
+        config._attn_implementation = NAME  # for this pass only: others use the same model with their own attention
+        try:
+            hidden_BQH = self._body(
+                input_ids=tokens_BQ,
+                attention_mask=mask,
+                position_ids=positions_BQ,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        finally:
+            config._attn_implementation = usual
+        cache.advance(counts)
+        if keep is None:
+            return Output(None, hidden_BQH)
+        if keep == "last" and tokens_BQ.shape[1] > 1:
+            hidden_BQH = _last_real(hidden_BQH, counts)
+        return Output(self.logits(hidden_BQH), hidden_BQH)
+
+    def logits(self, hidden_BKH: Tensor) -> Tensor:
+        """The output head over hidden states: [B, K, V] without padding rows."""
+        logits_BKV = self._head(hidden_BKH)
+        return logits_BKV if logits_BKV.shape[-1] == self.vocabulary else logits_BKV[..., : self.vocabulary]
+
+    def read(self, cache: DenseCache, rows: Sequence[Sequence[int]]) -> None:
+        """Read many tokens a row, unequal numbers of them, without logits (a prompt)."""
+        longest = max(map(len, rows), default=0)
+        for start in range(0, longest, self.chunk):
+            pieces = [list(row[start : start + self.chunk]) for row in rows]
+            tokens_BQ, counts = pad(pieces, self.device)
+            self.forward(cache, tokens_BQ, counts, keep=None)
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int] | None]:
+    """Stack rows of tokens, padded on the right with token 0.
+
+    Returns:
+        int64 [B, Q] and the rows' lengths, None where all are equal.
+    """
+    counts = [len(row) for row in rows]
+    width = max(counts)
+    if min(counts) == width:
+        return torch.tensor(rows, device=device), None
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device), counts
+
+
+def _last_real(hidden_BQH: Tensor, counts: Sequence[int] | None) -> Tensor:
+    if counts is None:
+        return hidden_BQH[:, -1:]
+    index_B = torch.tensor([max(count - 1, 0) for count in counts], device=hidden_BQH.device)
+    return hidden_BQH[torch.arange(len(counts), device=hidden_BQH.device), index_B].unsqueeze(1)
+
+
+def _layer_windows(config: object) -> dict[str, int | None]:
+    """The sliding window of every kind of layer, None for full attention.
+
+    Raises:
+        UserError: a layer kind whose state cannot be rolled back by length.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        return {"full_attention": window}
+    unknown = sorted(set(kinds) - _LAYER_TYPES)
+    if unknown:
+        raise UserError(
+            f"{config.model_type} has {unknown[0]} layers, which cannot be rolled back after a rejected draft; "
+            "use a model whose layers are full or sliding-window attention"
+        )
+    windows = {"full_attention": None, "sliding_attention": window}
+    return {kind: windows[kind] for kind in sorted(set(kinds))}
+
+
+def _output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The output embedding with what some families do to logits afterwards: Gemma caps them, Cohere and Granite scale."""
+    head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    scale = getattr(model.config, "logit_scale", None) or 1.0
+    scale /= getattr(model.config, "logits_scaling", None) or 1.0
+    if cap is None and scale == 1.0:
+        return head
+
+    def capped(hidden: Tensor) -> Tensor:
+        logits = head(hidden) * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return capped

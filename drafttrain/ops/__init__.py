@@ -1,0 +1,1 @@
+"""The floor everybody stands on: attention, caches, sampling and random draws."""

@@ -1,0 +1,129 @@
+"""Attention for decoding, registered with transformers under the name in ``NAME``.
+
+Grouped-query heads are folded into query rows: the G query heads that share a key head become G * Q rows of one
+attention over that key head, so keys and values are read once and never repeated. What may be seen is prepared once a
+forward pass (`prepare_mask`) and shared by all layers; keys arrive cut to the live range by the cache.
+"""
+
+# B batch, Q query width, S slots, N query heads, M key heads, G = N / M, D head size
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from drafttrain.ops.cache import DenseCache
+
+NAME = "drafttrain"
+
+# Up to this many folded rows the mask is tiled and the heads folded; above (prefill) the kernel shares the mask.
+FOLD_ROWS = 256
+
+# Two masks that need no mask: empty 4-D tensors, which every model passes on to its layers untouched.
+_SEE_ALL_SHAPE = (1, 1, 1, 0)
+_CAUSAL_SHAPE = (1, 1, 2, 0)
+
+
+def prepare_mask(
+    cache: DenseCache, positions_BQ: Tensor, dtype: torch.dtype, groups: int, window: int | None, softcap: bool = False
+) -> Tensor:
+    """What the tokens of the cache's open span may attend to, in the form that `attention` takes.
+
+    Args:
+        cache: with an open span.
+        positions_BQ: the queries' positions, [B or 1, Q].
+        dtype: of the model's activations; the mask is additive, 0 or -inf.
+        groups: G, query heads a key head.
+        window: the layers' sliding window or None.
+        softcap: whether the layers cap their scores (they always take the folded form).
+
+    Returns:
+        [B or 1, 1, G * Q or Q or 1, S], or an empty tensor that stands for "everything" or "causal from slot 0".
+    """
+    span = cache.span
+    windowed = window is not None and (span.bound > window or not cache.in_order)
+    if span.start is not None and not windowed:
+        if span.width == 1:
+            return torch.empty(_SEE_ALL_SHAPE, device=positions_BQ.device)
+        if span.start == 0 and not softcap:
+            return torch.empty(_CAUSAL_SHAPE, device=positions_BQ.device)
+    if span.width > 1 and groups > 1 and (softcap or groups * span.width <= FOLD_ROWS):
+        positions_BQ = positions_BQ.repeat(1, groups)
+    visible_BQS = cache.visible(positions_BQ, window if windowed else None)
+    return torch.zeros(visible_BQS.shape, dtype=dtype, device=visible_BQS.device).masked_fill_(
+        ~visible_BQS, -torch.inf
+    ).unsqueeze(1)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention of Q tokens a row over S slots.
+
+    Args:
+        module: the layer, unused.
+        query: [B, N, Q, D].
+        key: [B, M, S, D].
+        value: [B, M, S, D].
+        attention_mask: from `prepare_mask`, or an ordinary mask [B, 1, Q, S], bool or additive.
+        scaling: multiplies the scores; None is 1 / sqrt(D).
+        softcap: scores are squashed to softcap * tanh(score / softcap) (Gemma 2).
+
+    Returns:
+        [B, Q, N, D], and None for the weights.
+
+    Raises:
+        ValueError: no mask, or attention sinks, which this function does not implement.
+    """
+    if attention_mask is None or kwargs.get("s_aux") is not None:
+        raise ValueError("drafttrain's attention needs a mask and does not implement attention sinks")
+    batch, heads, width, size = query.shape
+    key_heads = key.shape[1]
+    causal = attention_mask.numel() == 0 and attention_mask.shape == _CAUSAL_SHAPE
+    mask = None if attention_mask.numel() == 0 else attention_mask
+    groups = heads // key_heads
+    rows = groups * width
+    folded = width == 1 or (mask is not None and mask.shape[2] == rows) or softcap is not None
+    if folded and groups > 1:
+        query = query.reshape(batch, key_heads, rows, size)
+        if mask is not None and mask.shape[2] not in (1, rows):
+            mask = mask.repeat(1, 1, groups, 1)
+    if softcap is not None:
+        out = _capped_attention(query, key, value, mask, scaling or size**-0.5, softcap)
+    else:
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1 and not folded
+        )
+    return out.reshape(batch, heads, width, value.shape[3]).transpose(1, 2), None
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
+    """Folded attention with capped scores, which the fused kernels lack; the softmax is taken in float32 at least."""
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return scores.softmax(-1, dtype=wide).to(query.dtype) @ value
+
+
+def _mask_for_others(*args: object, allow_is_causal_skip: bool = True, **kwargs: object) -> Tensor | None:
+    """The mask for callers who bring none of their own: always a real one, since `attention` infers nothing."""
+    kwargs["allow_is_bidirectional_skip"] = False
+    return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _mask_for_others)

@@ -1,0 +1,258 @@
+"""The key-value cache, and the only file that touches transformers' cache interface (transformers >= 5.15).
+
+Slots are not positions. A row's keys live in slots 0 .. length - 1, and every slot knows its absolute position in the
+sequence; masks compare positions. Rolling back a chain sets lengths and moves nothing: a slot beyond a row's length
+has a position greater than any query that can be asked before the slot is written again, so it is masked by being in
+the future. Storage grows by blocks; nothing is concatenated.
+"""
+
+# B batch (active rows), Q query width, S slots, N heads, D head size, G query heads a key head
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Span:
+    """Where one forward pass writes: shared by all layers of a cache.
+
+    Attributes:
+        rows: active rows.
+        width: tokens a row.
+        start: the slot where every row begins, if it is the same for all; else None.
+        bound: slots that may be read, one more than the last slot written in any row.
+        slots_BQ: the slots written; None where ``start`` says it all.
+    """
+
+    def __init__(self, lengths: Sequence[int], width: int, slots_BQ: Tensor | None) -> None:
+        self.rows = len(lengths)
+        self.width = width
+        self.bound = max(lengths) + width
+        self.start = lengths[0] if slots_BQ is None else None
+        self.slots_BQ = slots_BQ
+        self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row and slot indices [B, 1] and [B, Q] on a layer's device (layers of one model may lie on several)."""
+        if device not in self._indices:
+            self._indices[device] = (torch.arange(self.rows, device=device).unsqueeze(1), self.slots_BQ.to(device))
+        return self._indices[device]
+
+
+class DenseLayer(CacheLayerMixin):
+    """Keys and values of one layer, [B, N, S, D], allocated at the first write on the device of the layer."""
+
+    is_sliding = False  # sliding layers are stored in full and masked, so that they can be rolled back
+
+    def __init__(self, cache: DenseCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate. Zeros, not garbage: a masked slot is multiplied by 0, which a NaN would survive."""
+        rows, slots = self._cache.allocated_rows, self._cache.slots
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], slots, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], slots, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Write [B, N, Q, D] into the span and return all readable slots [B, N, bound, D] as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        span = self._cache.span
+        keys, values = self.keys, self.values
+        if span.rows != keys.shape[0]:
+            keys, values = keys[: span.rows], values[: span.rows]
+        if span.start is not None:
+            keys.narrow(2, span.start, span.width).copy_(key_states)
+            values.narrow(2, span.start, span.width).copy_(value_states)
+        else:
+            rows_B1, slots_BQ = span.indices(keys.device)
+            keys[rows_B1, :, slots_BQ] = key_states.transpose(1, 2)
+            values[rows_B1, :, slots_BQ] = value_states.transpose(1, 2)
+        return keys.narrow(2, 0, span.bound), values.narrow(2, 0, span.bound)
+
+    def resize(self, slots: int, used: int) -> None:
+        """Move to a storage of more slots, copying the first ``used``."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros(old.shape[0], old.shape[1], slots, old.shape[3])
+            new.narrow(2, 0, used).copy_(old.narrow(2, 0, used))
+            setattr(self, name, new)
+
+    def copy_row(self, source: int, target: int, used: int) -> None:
+        """Overwrite one row by another."""
+        if self.is_initialized:
+            self.keys[target, :, :used] = self.keys[source, :, :used]
+            self.values[target, :, :used] = self.values[source, :, :used]
+
+    def gather_slots(self, row: int, slots: Tensor) -> None:
+        """Move the given slots of a row to its front, in order."""
+        if self.is_initialized:
+            for storage in (self.keys, self.values):
+                storage[row, :, : len(slots)] = storage[row].index_select(1, slots.to(storage.device))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.span.bound, 0
+
+    def get_seq_length(self) -> int:
+        return max(self._cache.lengths, default=0)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class DenseCache(Cache):
+    """A ragged batch of sequences with one storage [B, N, S, D] a layer.
+
+    A forward pass is ``open(width)`` (which fixes the slots), the model's forward, ``advance(counts)``. All rows write
+    ``width`` tokens; what lies beyond a row's count is padding, and the next pass overwrites it.
+
+    Args:
+        layers: number of attention layers.
+        rows: batch size.
+        device: where positions and masks are made (each layer's storage follows its own keys).
+        capacity: slots to allocate at once; more are added by blocks.
+        block: slots are a multiple of it.
+    """
+
+    def __init__(self, layers: int, rows: int, device: torch.device, capacity: int = 0, block: int = 256) -> None:
+        self.lengths = [0] * rows
+        self.allocated_rows = rows
+        self.block = block
+        self.slots = max(block, _round_up(capacity, block))
+        self.device = device
+        self.span = Span(self.lengths, 0, None)
+        # Position of each slot [1 or B, S]; one row serves all while no slot has been dropped.
+        self.positions_BS = torch.arange(self.slots, device=device).unsqueeze(0)
+        self._lengths_B: Tensor | None = None
+        super().__init__(layers=[DenseLayer(self) for _ in range(layers)])
+
+    @property
+    def rows(self) -> int:
+        """Active rows."""
+        return len(self.lengths)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether every slot's position is its number."""
+        return self.positions_BS.shape[0] == 1
+
+    def open(self, width: int) -> Span:
+        """Reserve the next ``width`` slots of every row for one forward pass."""
+        needed = max(self.lengths) + width
+        if needed > self.slots:
+            self._grow(needed)
+        first = self.lengths[0]
+        slots_BQ = None
+        if any(length != first for length in self.lengths):
+            slots_BQ = self._device_lengths().unsqueeze(1) + torch.arange(width, device=self.device)
+        self.span = Span(self.lengths, width, slots_BQ)
+        return self.span
+
+    def query_positions(self) -> Tensor:
+        """Absolute positions of the tokens of the open span: int64 [B, Q] or [1, Q] where all rows agree."""
+        span = self.span
+        if span.start is not None:
+            positions_BQ = self.positions_BS.narrow(1, span.start, span.width)
+            return positions_BQ[: span.rows]
+        if self.in_order:
+            return span.slots_BQ
+        return self.positions_BS[: span.rows].gather(1, span.slots_BQ)
+
+    def visible(self, query_positions_BQ: Tensor, window: int | None = None) -> Tensor:
+        """Which slots each query may attend to: bool [B or 1, Q, bound].
+
+        Args:
+            query_positions_BQ: absolute positions, of any number of query rows.
+            window: sliding window, counting the query itself; None is causal over everything.
+        """
+        positions_B1S = self.positions_BS[: self.span.rows, : self.span.bound].unsqueeze(1)
+        query_BQ1 = query_positions_BQ.unsqueeze(2)
+        visible_BQS = positions_B1S <= query_BQ1
+        if window is not None:
+            visible_BQS &= positions_B1S > query_BQ1 - window
+        return visible_BQS
+
+    def advance(self, counts: Sequence[int] | None = None) -> None:
+        """Close the span: each row keeps the first ``counts[b]`` of its tokens (None: all of them)."""
+        if counts is None:
+            width = self.span.width
+            self.lengths = [length + width for length in self.lengths]
+            if self._lengths_B is not None:
+                self._lengths_B = self._lengths_B + width
+        else:
+            self.rollback([length + count for length, count in zip(self.lengths, counts, strict=True)])
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Set the rows' lengths. Moves nothing."""
+        lengths = list(lengths)
+        if lengths != self.lengths:
+            self.lengths = lengths
+            self._lengths_B = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order; each may come from its own place or a later one.
+
+        Rows move only into places that have become free, so a batch that loses one row copies at most one.
+        """
+        rows = list(rows)
+        if any(row < place for place, row in enumerate(rows)):
+            raise ValueError("a row may stay or move forward, not back: its place may be overwritten")
+        for place, row in enumerate(rows):
+            if row != place:
+                for layer in self.layers:
+                    layer.copy_row(row, place, self.lengths[row])
+        if not self.in_order:
+            self.positions_BS = self.positions_BS[rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        self._lengths_B = None
+
+    def keep_slots(self, row: int, slots: Tensor) -> None:
+        """Keep only these slots of a row, in this order; what they hold keeps its absolute position.
+
+        The next token's position does not change: it stays one beyond the row's last position so far.
+
+        Args:
+            row: which row.
+            slots: int64 slot numbers, ascending, all below the row's length.
+        """
+        if self.in_order:
+            self.positions_BS = self.positions_BS.repeat(self.rows, 1)
+        length, kept = self.lengths[row], len(slots)
+        for layer in self.layers:
+            layer.gather_slots(row, slots)
+        positions_S = self.positions_BS[row].clone()
+        following = int(positions_S[length - 1]) + 1 if length else 0
+        positions_S[:kept] = positions_S[slots]
+        positions_S[kept:] = following + torch.arange(self.slots - kept, device=self.device)
+        self.positions_BS[row] = positions_S
+        self.rollback([kept if index == row else value for index, value in enumerate(self.lengths)])
+
+    def memory_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        tensors = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def _device_lengths(self) -> Tensor:
+        if self._lengths_B is None:
+            self._lengths_B = torch.tensor(self.lengths, device=self.device)
+        return self._lengths_B
+
+    def _grow(self, needed: int) -> None:
+        slots = _round_up(max(needed, self.slots + self.slots // 2), self.block)
+        for layer in self.layers:
+            layer.resize(slots, max(self.lengths))
+        extra = torch.arange(1, slots - self.slots + 1, device=self.device)
+        self.positions_BS = torch.cat([self.positions_BS, self.positions_BS[:, -1:] + extra], dim=1)
+        self.slots = slots
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

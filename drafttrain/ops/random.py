@@ -1,0 +1,126 @@
+"""Counter-based random numbers: a draw is a function of (seed, purpose, sample id, position) and of nothing else.
+
+So a batch, a rank or a resumed run draws exactly what a single run would draw, on a CPU as on a GPU: the hash is
+integer arithmetic (the splitmix64 finaliser of Steele et al. 2014), vectorised in int64, which wraps around.
+"""
+
+# B batch, K positions, T table columns, V vocabulary
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, purpose: str, ids: Tensor, positions: Tensor) -> Tensor:
+    """Uniform numbers keyed by sample and position.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the number is for; draws of different purposes are independent.
+        ids: int64 sample ids, broadcast against ``positions``.
+        positions: int64 positions in the sequence.
+
+    Returns:
+        float64 in [0, 1) with 53 random bits, of the broadcast shape.
+    """
+    key = _signed(_key(seed, purpose))
+    state = _mix(_mix(ids * _signed(_GOLDEN) + key) + positions * _signed(_GOLDEN))
+    return _shift_right(state, 11).double() * 2.0**-53
+
+
+def sample(probs_BV: Tensor, u_B: Tensor) -> Tensor:
+    """Draw from a distribution by inverting its cumulative sum, summed in float64.
+
+    A token of probability zero is never drawn: the first entry that exceeds the threshold has just grown.
+
+    Args:
+        probs_BV: non-negative weights [..., V]; they need not sum to one, but not to zero either.
+        u_B: float64 uniforms [...] in [0, 1).
+
+    Returns:
+        int64 token ids [...].
+    """
+    cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    threshold_B1 = u_B.unsqueeze(-1) * cumulative_BV[..., -1:]
+    token_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
+    return token_B1.squeeze(-1).clamp_(max=probs_BV.shape[-1] - 1)
+
+
+class Draws:
+    """The uniforms of the rows of a batch, hashed in tables so that a decoding round only reads a slice.
+
+    Args:
+        seed: the run's seed.
+        sample_ids: one id a row.
+        origins: the first position of each row that will be asked for.
+        device: where the draws are used.
+    """
+
+    def __init__(self, seed: int, sample_ids: Sequence[int], origins: Sequence[int], device: torch.device) -> None:
+        self.seed = seed
+        self.device = device
+        self.sample_ids = list(sample_ids)
+        self.origins = list(origins)
+        self._tables: dict[str, Tensor] = {}
+
+    def at(self, purpose: str, starts: Sequence[int], width: int) -> Tensor:
+        """Uniforms for positions starts[b] .. starts[b] + width - 1 of each row: float64 [B, width].
+
+        Raises:
+            ValueError: a start lies before the row's origin.
+        """
+        columns = [start - origin for start, origin in zip(starts, self.origins, strict=True)]
+        if min(columns) < 0:
+            raise ValueError("draws asked for a position before the row's origin")
+        table_BT = self._table(purpose, max(columns) + width)
+        first = columns[0]
+        if all(column == first for column in columns):
+            return table_BT[:, first : first + width]
+        index_BK = torch.tensor(columns, device=self.device).unsqueeze(1) + torch.arange(width, device=self.device)
+        return table_BT.gather(1, index_BK)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        self.sample_ids = [self.sample_ids[row] for row in rows]
+        self.origins = [self.origins[row] for row in rows]
+        self._tables = {purpose: table[list(rows)] for purpose, table in self._tables.items()}
+
+    def _table(self, purpose: str, columns: int) -> Tensor:
+        table_BT = self._tables.get(purpose)
+        if table_BT is None or table_BT.shape[1] < columns:
+            width = max(256, 2 * columns)
+            ids_B1 = torch.tensor(self.sample_ids, device=self.device).unsqueeze(1)
+            origins_B1 = torch.tensor(self.origins, device=self.device).unsqueeze(1)
+            positions_BT = origins_B1 + torch.arange(width, device=self.device)
+            table_BT = self._tables[purpose] = uniform(self.seed, purpose, ids_B1, positions_BT)
+        return table_BT
+
+
+def _key(seed: int, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch shifts int64 arithmetically, so the copies of the sign bit are masked away."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift_right(x, 31)
