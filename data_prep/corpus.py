@@ -150,4 +150,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     from drafttrain.errors import run_program
 
-    run_program(main)
+    run_program(main)()
