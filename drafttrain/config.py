@@ -80,6 +80,7 @@ SECTIONS: dict[str, type] = {
     name: hint for name, hint in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(hint)
 }
 
+_GENERAL = ("config", "run", "plan", "accept-new-target")
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
 
@@ -147,17 +148,19 @@ def parse(
         raise SystemExit(0)
     own, flags = _general_parser().parse_known_args(argv)
     _check_flags(flags)
-    parser = _parser(description, tuple(SECTIONS), prog)
-    values = _read_values(parser, own.config, flags)
-    base = own.config.resolve().parent if own.config else None
+    config = Path(resolve_path(str(own.config))) if own.config else None
+    values = _read_values(_parser(description, tuple(SECTIONS), prog), config, flags)
+    _check_ranges(Recipe, values)
+    base = config.resolve().parent if config else None
     values = _map_paths(Recipe, values, lambda path: resolve_path(path, base))
+    recipe = build(Recipe, values)
     return Parsed(
-        recipe=build(Recipe, values),
-        run=_run_folder(own.run, own.config),
+        recipe=recipe,
+        run=_run_folder(own.run, config),
         plan=own.plan,
         accept_new_target=own.accept_new_target,
-        config=own.config,
-        resolved=_map_paths(Recipe, values, _portable_path),
+        config=config,
+        resolved=_map_paths(Recipe, dataclasses.asdict(recipe), _portable_path),
     )
 
 
@@ -226,6 +229,11 @@ def _dataclass_in(hint: Any) -> type | None:
     return next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
 
 
+def _element(hint: Any) -> Any:
+    """The entries' type of a list, any other type as it is."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+
+
 def _takes_dict(hint: Any) -> bool:
     return any(typing.get_origin(option) is dict for option in _options(hint))
 
@@ -253,7 +261,7 @@ def nearest(key: str, known: Sequence[str]) -> str | None:
 
 
 def _unknown(key: str, where: str, dashes: str = "") -> UserError:
-    known = (*_known_keys(), "config", "run", "plan", "accept-new-target") if dashes else _known_keys()
+    known = (*_known_keys(), *_GENERAL) if dashes else _known_keys()
     guess = nearest(key, known)
     hint = f"; did you mean {dashes}{guess}?" if guess else "; see --help for the settings there are."
     return UserError(f"{where}: unknown setting {dashes}{key}{hint}")
@@ -274,7 +282,7 @@ def _check_keys(cls: type, values: Any, where: str, prefix: str = "") -> None:
             _check_keys(inner, value, where, f"{prefix}{key}.")
         elif typing.get_origin(hints[key]) is list and isinstance(value, list):
             for entry in value:
-                element = _dataclass_in(typing.get_args(hints[key])[0])
+                element = _dataclass_in(_element(hints[key]))
                 if element is not None:
                     _check_keys(element, entry, where, f"{prefix}{key}.")
 
@@ -325,7 +333,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
         if inner is not None and isinstance(value, Mapping):
             value = build(inner, value)
         elif typing.get_origin(hint) is list and isinstance(value, list):
-            element = _dataclass_in(typing.get_args(hint)[0])
+            element = _dataclass_in(_element(hint))
             value = [build(element, entry) if element and isinstance(entry, Mapping) else entry for entry in value]
         arguments[name] = value
     return cls(**arguments)
@@ -342,6 +350,25 @@ def _read_values(parser: ArgumentParser, config: Path | None, flags: Sequence[st
     except ArgumentError as error:
         raise _wrong_value(str(error), where) from None
     return {name: value for name, value in namespace.as_dict().items() if name in _hints(Recipe)}
+
+
+def _check_ranges(cls: type, values: Any, prefix: str = "") -> None:
+    """Refuse numbers that no program could use."""
+    if not isinstance(values, dict):
+        return
+    for item in dataclasses.fields(cls):
+        value, key = values.get(item.name), prefix + item.name
+        low, high = item.metadata.get("low"), item.metadata.get("high")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not (
+                (low is None or number >= low) and (high is None or number <= high)
+            ):
+                limits = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise UserError(f"{key} must be {limits}, not {number}.")
+        inner = _dataclass_in(_element(_hints(cls)[item.name]))
+        for entry in value if isinstance(value, list) else [value]:
+            if inner is not None:
+                _check_ranges(inner, entry, f"{key}.")
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -428,14 +455,14 @@ def _parser(
 ) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
-    short = "; ".join(f"{name} is short for {full}" for name, full in (aliases or {}).items())
+    notes = [f"{name} is short for {full}." for name, full in (aliases or {}).items()]
+    notes.append("Recipes may hold the sections of the other programs too; each takes its own.")
     parser = ArgumentParser(
         prog=prog,
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
-        epilog=f"{short}. " * bool(short)
-        + "Recipes may hold the sections of the other programs too; each takes its own.",
+        epilog=" ".join(notes),
     )
     parser.add_argument("--config", metavar="RECIPE", help="YAML recipe; flags override it")
     parser.add_argument("--run", metavar="DIR", help="run folder: inputs and outputs by fixed names")

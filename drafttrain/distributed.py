@@ -6,11 +6,16 @@ torch is imported inside the functions: programs that only print their help do n
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
+
+LINE_SECONDS = 30.0
+"""How often a line tells the progress where there is no terminal."""
 
 BARRIER_TIMEOUT = timedelta(hours=6)
 """Processes that make data wait for the slowest one, which may have hours more to do than the first."""
@@ -91,12 +96,41 @@ def say(message: str) -> None:
 
 
 def progress(iterable: Iterable[T], total: int | None = None, description: str = "") -> Iterator[T]:
-    """Iterate with a progress bar on the first process, silently on the others."""
+    """Iterate with a progress bar on the first process, silently on the others.
+
+    Where the output is no terminal (a log file, a pipe) a plain line is printed every half minute instead.
+    """
     if not is_main():
         yield from iterable
-        return
+    elif sys.stderr.isatty():
+        yield from _bar(iterable, total, description)
+    else:
+        yield from _lines(iterable, total, description)
+
+
+def _bar(iterable: Iterable[T], total: int | None, description: str) -> Iterator[T]:
     from rich import progress as parts
+    from rich.console import Console
 
     columns = (parts.TextColumn("{task.description}"), parts.BarColumn(), parts.MofNCompleteColumn())
-    with parts.Progress(*columns, parts.TimeElapsedColumn(), parts.TimeRemainingColumn(), refresh_per_second=2) as bar:
+    times = (parts.TimeElapsedColumn(), parts.TimeRemainingColumn())
+    with parts.Progress(*columns, *times, console=Console(stderr=True), refresh_per_second=2) as bar:
         yield from bar.track(iterable, total=total, description=description)
+
+
+def _lines(iterable: Iterable[T], total: int | None, description: str) -> Iterator[T]:
+    start = told = time.monotonic()
+    count = 0
+    for item in iterable:
+        yield item
+        count += 1
+        if time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            print(_line(description, count, total, told - start), file=sys.stderr, flush=True)
+    print(_line(description, count, total, time.monotonic() - start), file=sys.stderr, flush=True)
+
+
+def _line(description: str, count: int, total: int | None, seconds: float) -> str:
+    of = f"/{total}" if total else ""
+    left = f", about {seconds / count * (total - count):.0f} s left" if total and 0 < count < total else ""
+    return f"{description} {count}{of} in {seconds:.0f} s{left}"

@@ -1,7 +1,7 @@
 """Errors for people: one sentence that says what is wrong, where, and what to do; exit code 2; no traceback.
 
-A bug keeps its traceback, so nothing but `UserError` and the few operating-system errors that a person can mend
-(no such file, no permission, read-only, full disk) is turned into a sentence.
+A bug keeps its traceback, so nothing is turned into a sentence but `UserError`, the few operating-system errors that a
+person can mend (no such file, no permission, read-only, full disk) and an accelerator that is out of memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again, what is finished is kept",
@@ -40,9 +41,33 @@ def explain_os_error(error: OSError) -> str | None:
     return f"{where}{advice}."
 
 
-def _report_and_exit(sentence: str) -> None:
+def explain(error: BaseException) -> str | None:
+    """The sentence for anything that a person can mend, None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and (sentence := explain_os_error(error)):
+        return sentence
+    if _is_full_disk(error):
+        return _ADVICE[errno.ENOSPC] + "."
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: errors must not import torch
+        return f"out of accelerator memory ({' '.join(str(error).split())[:160]}); lower batch_size or chunk_tokens."
+    return None
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether a library (safetensors, torch) met a full disk and wrapped it in an error of its own."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(
+            sign in str(error) for sign in ("No space left on device", "StorageFull", "os error 28")
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _report_and_exit(sentence: str, code: int = EXIT_USER_ERROR) -> None:
     print(f"drafttrain: {sentence}", file=sys.stderr, flush=True)
-    raise SystemExit(EXIT_USER_ERROR)
+    raise SystemExit(code)
 
 
 def run_program(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,10 +82,10 @@ def run_program(main: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
-        except UserError as error:
-            _report_and_exit(str(error))
-        except OSError as error:
-            sentence = explain_os_error(error)
+        except KeyboardInterrupt:
+            _report_and_exit("interrupted; run the same command again to go on.", EXIT_INTERRUPTED)
+        except Exception as error:
+            sentence = explain(error)
             if sentence is None:
                 raise
             _report_and_exit(sentence)

@@ -13,19 +13,29 @@ PATH = {"path": True}
 """Marks fields that name a file or folder (or a hub id): looked for beside the recipe and in the repository too."""
 
 
+def at_least(low: float, default: Any) -> Any:
+    """A field whose value (or each entry of it) is not below `low`."""
+    return field(default=default, metadata={"low": low})
+
+
+def between(low: float, high: float, default: Any) -> Any:
+    """A field whose value lies in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
 @dataclass
 class SamplingConfig:
     """How tokens are drawn from a model's distribution."""
 
-    temperature: float = 1.0
+    temperature: float = at_least(0.0, 1.0)
     """divides the logits; 0 means greedy decoding"""
-    top_k: int = 0
+    top_k: int = at_least(0, 0)
     """keep the k most likely tokens; 0 keeps all"""
-    top_p: float = 1.0
+    top_p: float = between(0.0, 1.0, 1.0)
     """keep the smallest set of tokens whose probability reaches this; 1 keeps all"""
-    min_p: float = 0.0
+    min_p: float = between(0.0, 1.0, 0.0)
     """drop tokens less likely than this share of the most likely one; 0 drops none"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = at_least(0.0, 1.0)
     """divides the positive logits of tokens already seen and multiplies the negative ones; 1 is off"""
 
 
@@ -51,11 +61,11 @@ class TargetConfig:
 class LoraConfig:
     """Low-rank adaptation of a drafter through peft, merged into the weights on export."""
 
-    r: int = 16
+    r: int = at_least(1, 16)
     """rank of the update"""
     alpha: int = 32
     """scale of the update is alpha / r"""
-    dropout: float = 0.0
+    dropout: float = between(0.0, 1.0, 0.0)
     """dropout on the input of the update"""
     target_modules: str | list[str] = "all-linear"
     """names of the layers to adapt"""
@@ -86,7 +96,7 @@ class PromptsConfig:
     """Where the prompts come from and how they are split."""
 
     source: Literal["reference", "file", "hub"] = "reference"
-    """reference (the built-in tasks), file (JSONL, JSON, Parquet, text) or hub (a `datasets` id)"""
+    """reference (the built-in tasks), file (JSONL, JSON, Parquet, text; taken when a path is given) or hub"""
     path: str | None = field(default=None, metadata=PATH)
     """the file, or the hub id; `id:config` names a configuration of it"""
     hub_split: str = "train"
@@ -100,20 +110,24 @@ class PromptsConfig:
     template), and answer (recorded, for logged responses), system, tools, task, id, reference"""
     mixture: dict[str, int] = field(default_factory=dict)
     """reference: how many prompts of each task kind; empty takes a balanced default"""
-    length: int = 512
+    length: int = at_least(16, 512)
     """reference: length in tokens of the prompts of tasks that can be made at any length"""
-    limit: int | None = None
+    limit: int | None = at_least(1, None)
     """use at most this many prompts"""
-    max_tokens: int | None = None
+    max_tokens: int | None = at_least(1, None)
     """leave out prompts longer than this; without it a prompt that fills the target's context is an error"""
-    held_out: float = 0.1
+    held_out: float = between(0.0, 0.45, 0.1)
     """share of conversations held out for test, and again as many for tuning"""
-    near_duplicate: float = 0.8
+    near_duplicate: float = between(0.0, 1.0, 0.8)
     """Jaccard similarity from which two prompts count as the same; 1 removes exact copies only"""
     system: str | None = None
     """system prompt put before conversations that have none"""
     seed: int = 0
     """seed of the choice of prompts and of the split, apart from the recipe's so that training seeds share a split"""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.source == "reference":
+            self.source = "file"
 
 
 @dataclass
@@ -122,11 +136,11 @@ class ResponsesConfig:
 
     source: Literal["generate", "logged"] = "generate"
     """generate (the target answers) or logged (the file already holds answers of the target)"""
-    max_new_tokens: int = 256
+    max_new_tokens: int = at_least(1, 256)
     """longest answer, in tokens"""
-    batch_size: int = 16
+    batch_size: int = at_least(1, 16)
     """prompts answered together; the rows do not depend on it"""
-    shard_rows: int = 64
+    shard_rows: int = at_least(1, 64)
     """rows of one file; the unit of work that is done again after a crash"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """how the target draws its answers; the pair is tuned for this setting"""
@@ -138,21 +152,21 @@ class TrainingConfig:
 
     losses: dict[str, float] = field(default_factory=lambda: {"forward_kl": 1.0})
     """loss names and weights: forward_kl, reverse_kl, jensen_shannon, total_variation, cross_entropy"""
-    temperature: float = 1.0
+    temperature: float = at_least(0.01, 1.0)
     """divides both models' logits in the loss"""
-    on_policy_fraction: float = 0.0
+    on_policy_fraction: float = between(0.0, 1.0, 0.0)
     """share of the steps in which the drafter writes and the target scores"""
-    on_policy_tokens: int = 64
+    on_policy_tokens: int = at_least(1, 64)
     """length of a continuation that the drafter writes, in tokens; the same on all ranks"""
-    max_length: int | None = None
+    max_length: int | None = at_least(2, None)
     """cut sequences to this many tokens; the default is the smaller context of the two models"""
-    chunk_tokens: int = 256
+    chunk_tokens: int = at_least(1, 256)
     """tokens whose logits exist at one time; lower it when memory is short"""
-    tau_evaluations: int = 10
+    tau_evaluations: int = at_least(0, 10)
     """how often real tokens per round are measured on held-out prompts while training; 0 never"""
-    tau_prompts: int = 32
+    tau_prompts: int = at_least(1, 32)
     """held-out prompts used for it"""
-    tau_length: int = 5
+    tau_length: int = at_least(1, 5)
     """drafted tokens per round in it"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """passed on to transformers.TrainingArguments: learning_rate, num_train_epochs, bf16, deepspeed, ..."""
@@ -164,15 +178,15 @@ class TracesConfig:
 
     sampling: SamplingConfig | None = None
     """decoding setting that the traces are made for; that of the responses by default"""
-    top_k: int = 16
+    top_k: int = at_least(1, 16)
     """most likely tokens of both models stored per position"""
     temperatures: list[float] = field(default_factory=lambda: [0.5, 0.7, 1.0])
     """temperatures at which log Z is stored"""
-    run_length: int = 0
+    run_length: int = at_least(0, 0)
     """drafted tokens recorded beyond every rejection (R), for exact replay of rules that draft on; 0 none"""
-    shard_rows: int = 64
+    shard_rows: int = at_least(1, 64)
     """rows of one file; the unit of work that is done again after a crash"""
-    batch_size: int = 8
+    batch_size: int = at_least(1, 8)
     """responses traced together; the rows do not depend on it"""
     scores: list[str] = field(default_factory=list)
     """stopping rules whose scores are stored: confidence, entropy, or acceptance heads by path"""
@@ -184,17 +198,17 @@ class HeadConfig:
 
     state: Literal["producing", "consumed"] = "producing"
     """the drafter state that is read: the one that produced the token, or the one after reading it (published)"""
-    depth: int = 3
+    depth: int = at_least(0, 3)
     """residual SiLU blocks before the output; 0 is a linear probe"""
     tied: bool = False
     """one set of weights for all blocks, as in the published code"""
     features: list[Literal["log_q", "entropy", "step"]] = field(default_factory=lambda: ["log_q", "entropy"])
     """inputs beside the state: log_q of the token, entropy of q, step within the round"""
-    w_acc: float = 1.0
+    w_acc: float = at_least(0.0, 1.0)
     """weight of the loss on accepted tokens"""
-    w_rej: float = 6.0
+    w_rej: float = at_least(0.0, 6.0)
     """weight of the loss on rejected tokens"""
-    mixing: float = 0.15
+    mixing: float = between(0.0, 1.0, 0.15)
     """data mixed: share r of the positions that keep the response's token, all others take the drafter's; drawn anew
     each epoch"""
     data: Literal["mixed", "exact", "rounds"] = "exact"
@@ -202,11 +216,11 @@ class HeadConfig:
     or rounds (drafting rounds as when decoding, with the tokens drafted beyond a rejection)"""
     init_from: str | None = field(default=None, metadata=PATH)
     """a head to continue from"""
-    min_length: int = 1
+    min_length: int = at_least(1, 1)
     """fewest tokens drafted per round"""
-    max_length: int = 20
+    max_length: int = at_least(1, 20)
     """most tokens drafted per round"""
-    threshold: float = 0.7
+    threshold: float = between(0.0, 1.0, 0.7)
     """drafting stops when the predicted probability of a rejection so far exceeds this (h)"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """passed on to transformers.TrainingArguments"""
@@ -218,7 +232,7 @@ class EvaluateConfig:
 
     methods: list[str] | None = None
     """expressions to run, e.g. "Model(drafter, length=5)"; by default the best of each kind found by replay"""
-    max_length: int = 12
+    max_length: int = at_least(1, 12)
     """fixed lengths 1..max_length are swept"""
     thresholds: list[float] = field(
         default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
@@ -226,23 +240,23 @@ class EvaluateConfig:
     """thresholds swept for acceptance heads and confidence"""
     samplings: list[SamplingConfig] = field(default_factory=list)
     """decoding settings to measure; that of the responses by default"""
-    prompts_per_task: int = 8
+    prompts_per_task: int = at_least(1, 8)
     """test prompts of each task that are really run"""
-    max_new_tokens: int = 128
+    max_new_tokens: int = at_least(1, 128)
     """longest answer in real runs, in tokens"""
-    batch_size: int = 1
+    batch_size: int = at_least(1, 1)
     """sequences decoded together in real runs"""
-    repeats: int = 3
+    repeats: int = at_least(1, 3)
     """interleaved repetitions of every method"""
-    warmup: int = 1
+    warmup: int = at_least(0, 1)
     """prompts run by every method before anything is timed"""
     dtype: str = "auto"
     """dtype in which speed is measured; auto takes bfloat16 where the hardware has it"""
-    top: int = 2
+    top: int = at_least(1, 2)
     """settings of each kind that are really run after the sweep"""
     min_speedup: float = 1.05
     """lower bound of the speed-up's interval from which the verdict is to deploy"""
-    bootstrap: int = 2000
+    bootstrap: int = at_least(100, 2000)
     """resamples behind every interval"""
     tolerance: float = 4.0
     """fp32 divergences pass when the top-1/top-2 gap is at most this times the measured logit noise"""
@@ -262,11 +276,11 @@ class ExportConfig:
 class CorpusConfig:
     """The reference world: the interpreter's standard library and procedural tasks."""
 
-    vocab_size: int = 4096
+    vocab_size: int = at_least(300, 4096)
     """entries of the byte-level BPE tokenizer"""
-    task_documents: int = 4000
+    task_documents: int = at_least(0, 4000)
     """task examples that the tokenizer is trained on beside the code"""
-    data_table_weight: float = 0.05
+    data_table_weight: float = at_least(0.0, 0.05)
     """weight of modules that are data tables"""
     seed: int = 0
     """seed of the task examples"""
@@ -280,15 +294,15 @@ class PretrainConfig:
     """keys of transformers.LlamaConfig"""
     stages: list[dict[str, Any]] = field(default_factory=list)
     """stages of the stream, each with steps, tokens, lengths, mixture and jumps (training/pretrain_data.py)"""
-    learning_rate: float = 0.004
+    learning_rate: float = at_least(0.0, 0.004)
     """peak learning rate (Muon scaled to AdamW's update size)"""
     warmup_steps: int = 100
     """steps in which the learning rate rises"""
     decay_steps: int = 400
     """steps in which it falls to zero, at the end"""
-    save_every: int = 200
+    save_every: int = at_least(1, 200)
     """steps between checkpoints and probes"""
-    init_from: str | None = None
+    init_from: str | None = field(default=None, metadata=PATH)
     """continue from the weights of this folder"""
     seed: int = 0
     """seed of weights and data order"""

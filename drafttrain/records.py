@@ -118,18 +118,22 @@ class ShardedWriter:
     def __init__(self, folder: str | os.PathLike[str], manifest: dict[str, Any], total_rows: int, shard_rows: int):
         self.folder = Path(folder)
         self.kind = manifest["kind"]
-        self.total_rows, self.shard_rows = total_rows, shard_rows
-        self.shards = -(-total_rows // shard_rows)
-        self.manifest = json.loads(json.dumps({"schema_version": SCHEMA_VERSIONS[self.kind], **manifest}))
-        self.manifest |= {"source_rows": total_rows, "shard_rows": shard_rows}
-        self._tag = _digest(self.manifest)
-        self._prepare()
-
-    def _prepare(self) -> None:
         existing = _load_manifest(self.folder) if (self.folder / MANIFEST).exists() else None
+        # How the rows are cut into files decides nothing about them: what was begun is finished as it was begun.
+        self.shard_rows = existing.get("shard_rows", shard_rows) if existing else shard_rows
+        self.total_rows = total_rows
+        self.shards = -(-total_rows // self.shard_rows)
+        self.manifest = json.loads(json.dumps({"schema_version": SCHEMA_VERSIONS[self.kind], **manifest}))
+        self.manifest |= {"source_rows": total_rows, "shard_rows": self.shard_rows}
+        self._tag = _digest(self.manifest)
+        self._prepare(existing)
+
+    def _prepare(self, existing: dict[str, Any] | None) -> None:
         if existing is not None:
             recorded = {key: value for key, value in existing.items() if key not in _BOOKKEEPING}
-            _refuse_differences(self.folder, differences(recorded, self.manifest), "delete it to start over")
+            _refuse_differences(
+                self.folder, differences(recorded, self.manifest), "delete it to start over or choose another --run"
+            )
         if is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".*.tmp"):

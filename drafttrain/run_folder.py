@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,16 @@ class RunFolder:
     def head(self) -> Path:
         """The acceptance head."""
         return self.path / "head"
+
+    @property
+    def drafter_training(self) -> Path:
+        """Optimizer states and intermediate checkpoints of the drafter's training."""
+        return self.path / "training" / "drafter"
+
+    @property
+    def head_training(self) -> Path:
+        """Optimizer states and intermediate checkpoints of the head's training."""
+        return self.path / "training" / "head"
 
     @property
     def report(self) -> Path:
@@ -120,6 +131,28 @@ class RunFolder:
         }
         with self.commands.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to start what would fill the disk.
+
+    Args:
+        folder: where it will be written; need not exist yet.
+        needed: bytes, an estimate.
+        what: what is written, e.g. "the traces".
+
+    Raises:
+        UserError: less is free.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{what} need about {needed / 2**30:.1f} GiB and {place} has {free / 2**30:.1f} GiB free; "
+            "free some space or choose another place with --run."
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

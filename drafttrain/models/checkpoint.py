@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from drafttrain import __version__
 from drafttrain.config import REPOSITORY
 from drafttrain.errors import UserError
 from drafttrain.models.fingerprint import Fingerprint
@@ -136,8 +137,8 @@ def restore_interrupted(folder: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides results."""
-    names = ("drafttrain", "torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers")
-    found = {}
+    names = ("torch", "transformers", "accelerate", "deepspeed", "peft", "tokenizers")
+    found = {"drafttrain": __version__}
     for name in names:
         try:
             found[name] = metadata.version(name)

@@ -124,7 +124,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def architecture_hash(config: Any) -> str:
-    """Hash of the settings that decide what weights compute; dtype, context length and attention kernel do not count."""
+    """Hash of the settings that decide what weights compute; dtype, context length and kernels do not count."""
     values = config.get_text_config().to_dict()
     return _hash(json.dumps({key: values.get(key) for key in _ARCHITECTURE}, sort_keys=True, default=str))
 

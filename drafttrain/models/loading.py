@@ -207,6 +207,7 @@ class _told:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
+        import httpx  # the client that huggingface_hub downloads with
         from safetensors import SafetensorError
 
         if isinstance(error, OSError) and error.errno in _MENDABLE:
@@ -220,10 +221,10 @@ class _told:
             raise UserError(f"{self.path} needs a library that is not installed: {_one_line(error)}.") from None
         if isinstance(error, OSError | ValueError | RuntimeError | KeyError) and local:
             raise UserError(f"{self.path} cannot be loaded: {_one_line(error)}.") from error
-        if isinstance(error, OSError | ValueError):
+        if isinstance(error, OSError | ValueError | httpx.HTTPError):
             raise UserError(
-                f"{self.path} is no folder here and could not be got from the hub ({_one_line(error)}); check the name and "
-                "the network and run again, what was downloaded is kept."
+                f"{self.path} is no folder here and could not be got from the hub ({_one_line(error)}); check the name "
+                "and the network and run again, what was downloaded is kept."
             ) from error
         return False
 

@@ -1,0 +1,66 @@
+"""`transformers.TrainingArguments` from the free part of a recipe, with mistakes told in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drafttrain.config import nearest
+from drafttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def check_arguments(arguments: Mapping[str, Any], section: str = "training") -> None:
+    """Refuse names that TrainingArguments does not have.
+
+    Args:
+        arguments: `training.arguments` or `head.arguments` of a recipe.
+        section: which, for the message.
+
+    Raises:
+        UserError: names the nearest known argument.
+    """
+    from transformers import TrainingArguments
+
+    known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
+    for name in arguments:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f"; did you mean {guess}?" if guess else "; see transformers.TrainingArguments."
+            raise UserError(f"{section}.arguments: transformers.TrainingArguments has no {name}{hint}")
+
+
+def training_arguments(
+    arguments: Mapping[str, Any],
+    output_dir: str | Path,
+    section: str = "training",
+    defaults: Mapping[str, Any] | None = None,
+    **fixed: Any,
+) -> TrainingArguments:
+    """TrainingArguments of a program.
+
+    Args:
+        arguments: what the recipe says.
+        output_dir: where the Trainer keeps its checkpoints; the recipe may not move it.
+        section: for messages.
+        defaults: values that the recipe overrides.
+        **fixed: values that the program needs and the recipe may not change.
+
+    Raises:
+        UserError: unknown name, one that the program fixes, or a value that transformers refuses.
+    """
+    from transformers import TrainingArguments
+
+    check_arguments(arguments, section)
+    fixed["output_dir"] = str(output_dir)
+    for name in arguments:
+        if name in fixed and arguments[name] != fixed[name]:
+            raise UserError(f"{section}.arguments.{name} is set by the program to {fixed[name]}; remove it.")
+    try:
+        return TrainingArguments(**{**(defaults or {}), **arguments, **fixed})
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"{section}.arguments cannot be used: {' '.join(str(error).split()).rstrip('.')}.") from error
