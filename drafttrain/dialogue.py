@@ -1,0 +1,180 @@
+"""A prompt as a conversation that the target answers turn by turn: from a prompts record to token ids and back.
+
+Every assistant message after the first user message is an answer asked for. Its content is None in plain prompts and
+the recorded answer in chat logs. What a turn reads is rendered from text, as a server renders it: earlier answers
+enter as decoded text and are tokenized again, in the target's own chat template.
+
+    dialogue = Dialogue.from_record(record)
+    answers = []
+    for turn in range(dialogue.turns):
+        ids = dialogue.context(tokenizer, answers)
+        answers.append(answer_text(tokenizer, generate(ids)))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from drafttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One conversation.
+
+    Attributes:
+        prompt_id: the record's.
+        prompt_ids: what the first turn reads.
+        messages: chat messages; empty for a raw continuation.
+        tools: tool descriptions for the chat template, or None.
+        recorded_text: the recorded answer of a raw continuation, or None.
+    """
+
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] | None = None
+    recorded_text: str | None = None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Dialogue:
+        """The conversation of a prompts record."""
+        chat = json.loads(record["messages"]) if record["messages"] else []
+        return cls(
+            prompt_id=record["prompt_id"],
+            prompt_ids=tuple(record["prompt_ids"]),
+            messages=tuple(chat),
+            tools=tuple(json.loads(record["tools"])) if record["tools"] else None,
+            recorded_text=record["recorded"],
+        )
+
+    @property
+    def turns(self) -> int:
+        """Answers asked for, at least one."""
+        return len(asked(self.messages)) if self.messages else 1
+
+    def context(self, tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[int]:
+        """What the target reads before turn `len(answers)`, given its own earlier answers.
+
+        A recorded call of a tool stays in later contexts: the tool's recorded result answers that very call.
+
+        Raises:
+            UserError: the chat template refuses the messages.
+        """
+        if not answers:
+            return list(self.prompt_ids)
+        places = asked(self.messages)
+        own = dict(zip(places, answers, strict=False))
+        messages = [
+            {"role": "assistant", "content": own[at]} if at in own and not message.get("tool_calls") else message
+            for at, message in enumerate(self.messages[: places[len(answers)]])
+        ]
+        return encode(tokenizer, render(tokenizer, messages, self.tools, self.prompt_id))
+
+    def recorded(self, tokenizer: PreTrainedTokenizerBase, turn: int) -> tuple[list[int], list[int]] | None:
+        """Context and recorded answer of a turn, None where nothing is recorded. The answer ends with EOS.
+
+        Raises:
+            UserError: the chat template refuses the messages, or renders an answer otherwise than it asks for one.
+        """
+        if not self.messages:
+            if self.recorded_text is None:
+                return None
+            answer = tokenizer(self.recorded_text, add_special_tokens=False)["input_ids"]
+            return list(self.prompt_ids), [*answer, *end_of_sequence(tokenizer)]
+        at = asked(self.messages)[turn]
+        if self.messages[at]["content"] is None and not self.messages[at].get("tool_calls"):
+            return None
+        return self._recorded_chat(tokenizer, at)
+
+    def _recorded_chat(self, tokenizer: PreTrainedTokenizerBase, at: int) -> tuple[list[int], list[int]]:
+        before = render(tokenizer, self.messages[:at], self.tools, self.prompt_id)
+        if tokenizer.chat_template is None:
+            answer = self.messages[at]["content"]
+            ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            return encode(tokenizer, before), [*ids, *end_of_sequence(tokenizer)]
+        after = render(tokenizer, self.messages[: at + 1], self.tools, self.prompt_id, ask=False)
+        if not after.startswith(before):
+            raise UserError(
+                f"{self.prompt_id}: the target's chat template writes a recorded answer otherwise than it asks for "
+                "one, so the answer's tokens cannot be found; use responses.source: generate."
+            )
+        return encode(tokenizer, before), _until_eos(tokenizer, after[len(before) :])
+
+
+def asked(messages: Sequence[Message]) -> list[int]:
+    """Indices of the assistant messages that answer somebody; a greeting before the first user message does not."""
+    roles = [message["role"] for message in messages]
+    first = roles.index("user") if "user" in roles else 0
+    return [at for at, role in enumerate(roles) if role == "assistant" and at > first]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None,
+    where: str,
+    ask: bool = True,
+) -> str:
+    """Messages as the text that the target reads.
+
+    A tokenizer without a chat template belongs to a base model: it reads the contents, a blank line between them.
+
+    Args:
+        ask: end with the opening of the assistant's turn.
+        where: names the conversation in errors.
+
+    Raises:
+        UserError: the template refuses the messages, or there is none and the conversation has tools.
+    """
+    import jinja2
+
+    if tokenizer.chat_template is None:
+        if tools or any(message.get("tool_calls") for message in messages):
+            raise UserError(f"{where}: has tools, but the target's tokenizer has no chat template to show them.")
+        return "\n\n".join([message["content"] for message in messages] + [""] * (ask and len(messages) > 1))
+    plain = [{**message, "content": message["content"] or ""} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(
+            plain, tools=list(tools) if tools else None, add_generation_prompt=ask, tokenize=False
+        )
+    except (jinja2.exceptions.TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: the target's chat template refuses the messages ({error}).") from None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a context: a chat template writes its own special tokens, other text gets the tokenizer's."""
+    ids = tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token) else ids
+
+
+def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text to be continued without a chat template, led by BOS where the model has one."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """An answer as a server returns it: decoded, special tokens left out."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that ends an answer, as a list that is empty when the tokenizer has none."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _until_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a rendered answer up to its end token; what a template writes after it belongs to the next turn."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ends = [at for at, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    return ids[: ends[0] + 1] if ends else ids
