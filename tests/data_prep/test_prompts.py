@@ -163,7 +163,7 @@ def test_a_moved_file_is_the_same_file_and_a_changed_one_is_not(tmp_path):
     moved = dataclasses.replace(asked, path=write(tmp_path / "b.jsonl", rows))
     assert ensure_prompts(moved, 0, TOKENIZER, CONTEXT, run) == 5
     write(tmp_path / "b.jsonl", rows[:4])
-    with pytest.raises(UserError, match="settings.file"):
+    with pytest.raises(UserError, match=r"settings\.file"):
         ensure_prompts(moved, 0, TOKENIZER, CONTEXT, run)
 
 
