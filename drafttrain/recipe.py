@@ -216,6 +216,8 @@ class HeadConfig:
     or rounds (drafting rounds as when decoding, with the tokens drafted beyond a rejection)"""
     init_from: str | None = field(default=None, metadata=PATH)
     """a head to continue from"""
+    calibrated: bool = True
+    """undo the loss weights in the scores, so that they are probabilities; false is the published form"""
     min_length: int = at_least(1, 1)
     """fewest tokens drafted per round"""
     max_length: int = at_least(1, 20)

@@ -147,6 +147,11 @@ class AcceptanceHead(nn.Module):
         self.calibrated = config.calibrated
 
     @property
+    def state(self) -> Literal["producing", "consumed"]:
+        """Which drafter state `score` wants."""
+        return self.config.state
+
+    @property
     def calibrated(self) -> bool:
         """Whether `score` inverts the loss weighting: P = w P' / (1 - P' + w P'), which adds log w to the logit."""
         return self._calibrated
@@ -167,7 +172,7 @@ class AcceptanceHead(nn.Module):
         x_BH = hidden_BH.to(self.output.weight.dtype)
         columns_BF = None
         if self.config.features:
-            columns_BF = torch.stack(self._columns(torch, (log_q_B, entropy_B, step_B)), dim=-1)
+            columns_BF = torch.stack(self._columns(torch, (log_q_B, entropy_B, step_B)), dim=-1).to(x_BH.dtype)
             x_BH = x_BH + self.feature_input(columns_BF)
         for block in list(self.blocks) * (self.config.depth if self.config.tied else 1):
             x_BH = x_BH + F.silu(block(x_BH))
