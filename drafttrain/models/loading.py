@@ -88,7 +88,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    path = _check_folder(path, weights=True)
+    path = check_folder(path, weights=True)
     extra = {} if config is None else {"config": config}
     if quantization is not None:
         extra["quantization_config"] = quantization_config(quantization)
@@ -117,7 +117,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_c
     """
     from transformers import AutoTokenizer
 
-    path = _check_folder(path, weights=False)
+    path = check_folder(path, weights=False)
     if Path(path).is_dir() and not _has_tokenizer(Path(path)):
         raise UserError(f"{path} has no tokenizer (tokenizer.json); copy the tokenizer of its model there.")
     with _told(path):
@@ -247,7 +247,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
-def _check_folder(path: str | Path, weights: bool) -> str:
+def check_folder(path: str | Path, weights: bool) -> str:
     """`path` as a string, refused when it is clearly no model; hub ids (owner/name, not there as a folder) pass."""
     folder = Path(path).expanduser()
     restore_interrupted(folder)
