@@ -1,0 +1,116 @@
+"""What decoding cost and gave: counts that can be added up, and the result of one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Counts:
+    """Counts of one decoded sequence, or the sum over many (``a + b``).
+
+    Attributes:
+        tokens: emitted tokens.
+        rounds: rounds of draft and verify; an autoregressive step is a round without a draft.
+        target_forwards: target forwards after the prompt, one a round.
+        draft_forwards: forwards of each drafter member after the prompt, as if the row were alone.
+        drafted: proposed tokens.
+        accepted: proposed tokens that were emitted.
+        discarded: proposed tokens that were not.
+        drafted_at: rounds that proposed a token at each place of the block.
+        accepted_at: rounds whose token at each place was emitted.
+        prefill_seconds: reading the prompt, both models; a row's share of its batch.
+        decode_seconds: all rounds; a row's share of its batch.
+    """
+
+    tokens: int = 0
+    rounds: int = 0
+    target_forwards: int = 0
+    draft_forwards: dict[str, int] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+    discarded: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """Tokens per round, bonus included."""
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    def add_round(self, emitted: int, drafted: int, accepted: int, forwards: dict[str, int], seconds: float) -> None:
+        """Count one round.
+
+        Args:
+            emitted: tokens of the round that were kept.
+            drafted: tokens proposed.
+            accepted: proposed tokens among the emitted.
+            forwards: draft forwards by member.
+            seconds: the row's share of the round's time.
+        """
+        self.tokens += emitted
+        self.rounds += 1
+        self.target_forwards += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.discarded += drafted - accepted
+        self.decode_seconds += seconds
+        for name, count in forwards.items():
+            self.draft_forwards[name] = self.draft_forwards.get(name, 0) + count
+        missing = drafted - len(self.drafted_at)
+        if missing > 0:
+            self.drafted_at.extend([0] * missing)
+            self.accepted_at.extend([0] * missing)
+        for place in range(drafted):
+            self.drafted_at[place] += 1
+        for place in range(accepted):
+            self.accepted_at[place] += 1
+
+    def __add__(self, other: Counts) -> Counts:
+        names = self.draft_forwards.keys() | other.draft_forwards.keys()
+        return Counts(
+            tokens=self.tokens + other.tokens,
+            rounds=self.rounds + other.rounds,
+            target_forwards=self.target_forwards + other.target_forwards,
+            draft_forwards={n: self.draft_forwards.get(n, 0) + other.draft_forwards.get(n, 0) for n in sorted(names)},
+            drafted=self.drafted + other.drafted,
+            accepted=self.accepted + other.accepted,
+            discarded=self.discarded + other.discarded,
+            drafted_at=_sum(self.drafted_at, other.drafted_at),
+            accepted_at=_sum(self.accepted_at, other.accepted_at),
+            prefill_seconds=self.prefill_seconds + other.prefill_seconds,
+            decode_seconds=self.decode_seconds + other.decode_seconds,
+        )
+
+    def __radd__(self, other: int | Counts) -> Counts:
+        """So that ``sum(counts)`` works."""
+        return self if other == 0 else self.__add__(other)
+
+
+@dataclass
+class Completion:
+    """What was decoded behind one prompt.
+
+    Attributes:
+        token_ids: the new tokens; the end token is included.
+        finish_reason: "eos" or "length".
+        sources: for each token who it came from: "target" or a drafter's label.
+        counts: what it cost.
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+    sources: list[str]
+    counts: Counts
+
+
+def _sum(a: list[int], b: list[int]) -> list[int]:
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    return [x + y for x, y in zip(longer, shorter, strict=False)] + longer[len(shorter) :]

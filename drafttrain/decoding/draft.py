@@ -1,0 +1,75 @@
+"""What passes between the loop and its drafters: the committed text and the proposed tokens."""
+
+# B batch, K drafted tokens, V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Committed:
+    """The text of every row of the batch that is decided for good: prompts and emitted tokens.
+
+    Attributes:
+        tokens: token ids of each row; grows in place.
+        sample_ids: the rows' sample ids.
+        seen_BV: bool, which tokens occur in each row; None unless a repetition penalty needs it.
+    """
+
+    tokens: list[list[int]]
+    sample_ids: list[int]
+    seen_BV: Tensor | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row) for row in self.tokens]
+
+
+@dataclass
+class Draft:
+    """Proposed continuations: a chain of at most K tokens a row.
+
+    Attributes:
+        tokens_BK: int64 token ids; what lies beyond a row's length is padding.
+        length_B: int64 tokens proposed in each row.
+        probs_BKV: the dense distribution q each token was drawn from, or None where every token is deterministic. May
+            be declared only if a token's presence does not depend on its own value; greedy, copied and beam-selected
+            tokens are deterministic.
+        sampled_BK: bool, which tokens were drawn from their row of ``probs_BKV``; None means all of them.
+        source: who proposed the tokens: one label, or one a token ([B][K]).
+        forwards: forward passes spent in each row, by member: int64 [B].
+    """
+
+    tokens_BK: Tensor
+    length_B: Tensor
+    probs_BKV: Tensor | None = None
+    sampled_BK: Tensor | None = None
+    source: str | list[list[str]] = "drafter"
+    forwards: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """K, the padded length."""
+        return self.tokens_BK.shape[1]
+
+    def rows(self) -> list[list[int]]:
+        """The proposed tokens of each row as lists. Reads from the device."""
+        lengths = self.length_B.tolist()
+        return [row[:length] for row, length in zip(self.tokens_BK.tolist(), lengths, strict=True)]
+
+    def label(self, row: int, column: int) -> str:
+        """Who proposed a token."""
+        return self.source if isinstance(self.source, str) else self.source[row][column]
+
+    @staticmethod
+    def empty(rows: int, device: torch.device) -> Draft:
+        """A draft without tokens: the round is then one step of autoregressive decoding."""
+        return Draft(
+            torch.zeros(rows, 0, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+        )

@@ -1,0 +1,286 @@
+"""Drafters: everything that proposes tokens.
+
+After every round, of each drafter: its cache ++ its pending tokens = committed ++ prefix. Pending tokens are those that
+it has not read yet; they ride along in its next forward, so a full acceptance costs no forward of its own.
+"""
+
+# B batch, K drafted tokens, Q query width, V vocabulary, H hidden
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from drafttrain.decoding.draft import Committed, Draft
+from drafttrain.decoding.engine import Engine, pad
+from drafttrain.decoding.stopping import FixedLength, Step, StoppingRule
+from drafttrain.ops.cache import DenseCache
+from drafttrain.ops.random import Draws, sample
+from drafttrain.ops.sampling import Sampling, log_probability_and_entropy, seen_along
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a drafter must know of the run it takes part in.
+
+    Attributes:
+        sampling: the same for target and drafter.
+        eos_ids: tokens that end a row.
+        vocabulary: the target's; a drafter never proposes a token beyond it.
+        capacity: the longest sequence that can occur, prompts included.
+    """
+
+    sampling: Sampling
+    eos_ids: frozenset[int]
+    vocabulary: int
+    capacity: int
+
+
+class Drafter(Protocol):
+    """The interface of everything that proposes tokens.
+
+    Attributes:
+        name: the label of its tokens and of its forwards in reports.
+        max_length: the most tokens it proposes in a round.
+    """
+
+    name: str
+    max_length: int
+
+    def start(self, committed: Committed, setting: Setting, kept: Sequence[int] | None = None) -> None:
+        """Take up a batch.
+
+        Args:
+            committed: the prompts.
+            setting: of the run.
+            kept: leading tokens of each row that are the same as in the batch before, which has the same rows; None
+                forgets everything.
+        """
+        ...
+
+    def propose(
+        self,
+        committed: Committed,
+        prefix: Draft | None,
+        budget: Sequence[int],
+        random: Draws,
+        target_view: object | None = None,
+    ) -> Draft:
+        """Extend committed ++ prefix.
+
+        Args:
+            committed: the decided text.
+            prefix: an uncommitted draft to extend, or None.
+            budget: the most tokens to propose in each row; 0 leaves a row out.
+            random: the run's draws.
+            target_view: declared layers of the target, for drafters that read them.
+
+        Returns:
+            the proposed tokens, without the prefix.
+        """
+        ...
+
+    def score(self, committed: Committed, draft: Draft) -> Tensor:
+        """Read another's draft: its own logits at each drafted position and the one after, [B, K + 1, V]."""
+        ...
+
+    def commit(self, agreed: Sequence[int]) -> None:
+        """A round is over and the committed text has grown.
+
+        Args:
+            agreed: of the tokens that this drafter saw beyond the committed text (prefix ++ its own proposal), how many
+                are now committed. It forgets the others.
+        """
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Release all rows but these, which become the rows 0, 1, ... (each from its own place or a later one)."""
+        ...
+
+
+class ModelDrafter:
+    """A small causal language model that drafts a chain, one token a forward.
+
+    Args:
+        engine: the model.
+        length: tokens a round; with a ``stop`` rule the most, by default the rule's own maximum.
+        stop: when to stop drafting; None is a fixed length.
+        name: label of its tokens and forwards.
+        check_every: with an adaptive rule, ask the device only every so many tokens whether all rows have stopped.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        length: int | None = None,
+        stop: StoppingRule | None = None,
+        name: str = "drafter",
+        check_every: int = 1,
+    ) -> None:
+        if stop is None:
+            if length is None:
+                raise ValueError("a model drafter needs a length or a stopping rule")
+            stop = FixedLength(length)
+        self.engine = engine
+        self.stop = stop
+        self.name = name
+        self.check_every = check_every
+        self.max_length = stop.max_length if length is None else min(length, stop.max_length)
+        self.cache: DenseCache | None = None
+        self._setting: Setting | None = None
+        self._base: list[int] = []  # committed tokens of each row when the last proposal began
+
+    def start(self, committed: Committed, setting: Setting, kept: Sequence[int] | None = None) -> None:
+        self._setting = setting
+        if kept is None or self.cache is None:
+            self.cache = self.engine.new_cache(len(committed.tokens), setting.capacity + 1)
+        else:
+            self.cache.rollback([min(length, keep) for length, keep in zip(self.cache.lengths, kept, strict=True)])
+        self._base = committed.lengths
+        unread = zip(committed.tokens, self.cache.lengths, strict=True)
+        self.engine.read(self.cache, [tokens[length:-1] for tokens, length in unread])
+
+    def propose(
+        self,
+        committed: Committed,
+        prefix: Draft | None,
+        budget: Sequence[int],
+        random: Draws,
+        target_view: object | None = None,
+    ) -> Draft:
+        self._base = committed.lengths
+        texts = _extended(committed.tokens, prefix)
+        starts = [len(text) for text in texts]
+        limits = self.stop.limits(committed.sample_ids, starts)
+        limits = [min(pair) for pair in zip(limits, budget, strict=True)]
+        width = min(self.max_length, max(limits))
+        if width <= 0:
+            return Draft.empty(len(texts), self.engine.device)
+        return _Round(self, committed, prefix, [min(limit, width) for limit in limits], width).run(
+            *self._pending(texts), random.at("draft", starts, width)
+        )
+
+    def score(self, committed: Committed, draft: Draft) -> Tensor:
+        self._base = committed.lengths
+        tokens_BQ, counts = self._pending(committed.tokens)
+        first = self.engine.forward(self.cache, tokens_BQ, counts, keep="last").logits
+        rest = self.engine.forward(self.cache, draft.tokens_BK).logits
+        return torch.cat([first, rest], dim=1)[..., : self._setting.vocabulary]
+
+    def commit(self, agreed: Sequence[int]) -> None:
+        valid = [base + count for base, count in zip(self._base, agreed, strict=True)]
+        self.cache.rollback([min(pair) for pair in zip(self.cache.lengths, valid, strict=True)])
+        self._base = valid
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.cache.keep(rows)
+        self._base = [self._base[row] for row in rows]
+
+    def _pending(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
+        """What the cache has not read of each text: at least the last token."""
+        unread = [text[length:] for text, length in zip(texts, self.cache.lengths, strict=True)]
+        chunk = self.engine.chunk
+        if max(map(len, unread)) > chunk:
+            self.engine.read(self.cache, [text[:-1] for text in unread])
+            unread = [text[-1:] for text in unread]
+        return pad(unread, self.engine.device)
+
+
+class _Round:
+    """The drafting of one block."""
+
+    def __init__(
+        self, drafter: ModelDrafter, committed: Committed, prefix: Draft | None, limits: list[int], width: int
+    ) -> None:
+        self.drafter = drafter
+        self.engine = drafter.engine
+        self.cache = drafter.cache
+        self.rule = drafter.stop
+        self.sampling = drafter._setting.sampling
+        self.vocabulary = drafter._setting.vocabulary
+        self.eos_ids = drafter._setting.eos_ids
+        self.limits = limits
+        self.width = width
+        self.seen_BV = _seen_with(committed, prefix) if self.sampling.penalised else None
+
+    def run(self, tokens_BQ: Tensor, counts: list[int] | None, u_BK: Tensor) -> Draft:
+        """Draft up to ``width`` tokens behind the pending ones."""
+        rule, adaptive = self.rule, self.rule.adaptive
+        device = tokens_BQ.device
+        drawn: list[Tensor] = []
+        probs: list[Tensor] = []
+        limit_B = length_B = torch.tensor(self.limits, device=device)
+        going_B = limit_B > 0 if adaptive else None
+        rule.begin(len(self.limits))
+        for number in range(1, self.width + 1):
+            output = self.engine.forward(self.cache, tokens_BQ, counts, keep="last")
+            counts = None
+            logits_BV = output.logits[:, 0, : self.vocabulary]
+            tokens_B, probs_BV = self._draw(logits_BV, u_BK[:, number - 1])
+            drawn.append(tokens_B)
+            if probs_BV is not None:
+                probs.append(probs_BV)
+            tokens_BQ = tokens_B.unsqueeze(1)
+            if self.seen_BV is not None:
+                self.seen_BV.scatter_(1, tokens_BQ, True)
+            if adaptive:
+                length_B = going_B.long() if number == 1 else length_B + going_B
+                if number < self.width:
+                    going_B = self._going(number, tokens_B, output.hidden[:, 0], logits_BV, probs_BV, going_B, limit_B)
+                    if number % self.drafter.check_every == 0 and not going_B.any():
+                        break
+        return Draft(
+            torch.stack(drawn, 1),
+            length_B,
+            torch.stack(probs, 1) if probs else None,
+            source=self.drafter.name,
+            forwards={self.drafter.name: length_B},
+        )
+
+    def _draw(self, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.sampling.greedy:
+            return self.sampling.choose(logits_BV, self.seen_BV), None
+        probs_BV = self.sampling.probabilities(logits_BV, self.seen_BV)
+        return sample(probs_BV, u_B), probs_BV
+
+    def _going(
+        self,
+        number: int,
+        tokens_B: Tensor,
+        hidden_BH: Tensor,
+        logits_BV: Tensor,
+        probs_BV: Tensor | None,
+        going_B: Tensor,
+        limit_B: Tensor,
+    ) -> Tensor:
+        """Which rows draw another token."""
+        log_q_B = entropy_B = None
+        if self.rule.needs_q:
+            if probs_BV is None:
+                probs_BV = self.sampling.scoring.probabilities(logits_BV)
+            log_q_B, entropy_B = log_probability_and_entropy(probs_BV, tokens_B)
+        stop_B = self.rule.stop(Step(number, tokens_B, hidden_BH, log_q_B, entropy_B))
+        going_B = going_B & (limit_B > number)
+        if stop_B is not None and number >= self.rule.min_length:
+            going_B = going_B & ~stop_B
+        for eos in self.eos_ids:
+            going_B = going_B & (tokens_B != eos)
+        return going_B
+
+
+def _extended(texts: list[list[int]], prefix: Draft | None) -> list[list[int]]:
+    if prefix is None or prefix.width == 0:
+        return texts
+    return [text + more for text, more in zip(texts, prefix.rows(), strict=True)]
+
+
+def _seen_with(committed: Committed, prefix: Draft | None) -> Tensor:
+    """The tokens seen before the first drafted one: bool [B, V], a copy to be extended."""
+    if prefix is None or prefix.width == 0:
+        return committed.seen_BV.clone()
+    seen_BKV = seen_along(committed.seen_BV, prefix.tokens_BK)
+    return seen_BKV[torch.arange(len(seen_BKV), device=seen_BKV.device), prefix.length_B]

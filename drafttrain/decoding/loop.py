@@ -1,0 +1,290 @@
+"""The decode loop: draft, verify, accept, for a batch of any size, with or without a drafter.
+
+The target's cache always holds a row's text but its last token. A round reads that token and the draft behind it in one
+forward, accepts the longest valid prefix and adds one token of the target's own. Everything up to there stays on the
+device; then one small tensor is read, and the host ends rows, cuts at end tokens and moves lengths.
+"""
+
+# B batch, K drafted tokens, V vocabulary
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from drafttrain.decoding.counts import Completion, Counts
+from drafttrain.decoding.draft import Committed, Draft
+from drafttrain.decoding.drafters import Drafter, Setting
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.verify import Verdict, verify_greedy, verify_sampled
+from drafttrain.errors import UserError
+from drafttrain.ops.cache import DenseCache
+from drafttrain.ops.random import Draws
+from drafttrain.ops.sampling import Sampling, seen_along, seen_tokens
+
+
+@dataclass
+class _Row:
+    """One sequence being decoded."""
+
+    index: int
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    finish_reason: str | None = None
+
+
+class Decoder:
+    """Decodes with a target and, optionally, a drafter. The emitted distribution is always the target's.
+
+    Args:
+        target: the model whose text is wanted.
+        drafter: proposes tokens; None decodes autoregressively.
+        sampling: applied to target and drafter alike.
+        eos_ids: tokens that end a sequence.
+        seed: of all draws; a draw depends on (seed, purpose, sample id, position) alone, hence not on the batch.
+
+    Example:
+        >>> decoder = Decoder(Engine(target), ModelDrafter(Engine(small), length=5), Sampling(0.0), eos_ids={2})
+        >>> [completion] = decoder.generate([[1, 17, 4]], max_new_tokens=64)
+    """
+
+    def __init__(
+        self,
+        target: Engine,
+        drafter: Drafter | None = None,
+        sampling: Sampling | None = None,
+        eos_ids: Collection[int] = (),
+        seed: int = 0,
+    ) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.sampling = sampling or Sampling()
+        self.eos_ids = frozenset(eos_ids)
+        self.seed = seed
+        self._cache: DenseCache | None = None
+        self._text: list[int] | None = None  # what a single row's caches last held, for the next turn
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        sample_ids: Sequence[int] | None = None,
+        resume: bool = False,
+    ) -> list[Completion]:
+        """Continue every prompt.
+
+        Args:
+            prompts: token ids of each row, at least one a row.
+            max_new_tokens: for all rows or each.
+            sample_ids: key the draws; by default 0, 1, ...
+            resume: for a single row: read only what does not repeat the text of the previous call (chat turns).
+
+        Returns:
+            one completion a prompt, in order.
+
+        Raises:
+            UserError: an empty prompt, a limit below 1, or more tokens than the models' positions.
+        """
+        prompts = [list(prompt) for prompt in prompts]
+        if not prompts:
+            return []
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        ids = list(range(len(prompts))) if sample_ids is None else list(sample_ids)
+        self._check(prompts, limits, ids)
+        committed = Committed(prompts, ids)
+        rows = [_Row(index, limit) for index, limit in enumerate(limits)]
+        draws = Draws(self.seed, ids, committed.lengths, self.target.device)
+        self._start(committed, rows, resume)
+        finished: list[_Row] = []
+        while rows:
+            started = time.perf_counter()
+            draft, reply = self._round(committed, rows, draws)
+            self._settle(committed, rows, draft, reply, started)
+            done = [row for row in rows if row.finish_reason]
+            if done:
+                finished += done
+                rows = self._leave(committed, rows, draws)
+        finished.sort(key=lambda row: row.index)
+        return [Completion(row.tokens, row.finish_reason, row.sources, row.counts) for row in finished]
+
+    # ---- start ----
+
+    def _check(self, prompts: list[list[int]], limits: list[int], ids: list[int]) -> None:
+        if len(limits) != len(prompts) or len(ids) != len(prompts):
+            raise ValueError("max_new_tokens and sample_ids must have one entry a prompt")
+        positions = [self.target.max_positions]
+        positions.append(getattr(getattr(self.drafter, "engine", None), "max_positions", None))
+        most = min((limit for limit in positions if limit is not None), default=None)
+        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            if not prompt:
+                raise UserError(f"prompt {index} is empty; a prompt needs at least one token (a start token will do)")
+            if limit < 1:
+                raise UserError(f"max_new_tokens is {limit} for prompt {index}; it must be at least 1")
+            if most is not None and len(prompt) + limit > most:
+                raise UserError(
+                    f"prompt {index} has {len(prompt)} tokens, which with {limit} new ones exceeds the {most} positions "
+                    "of the models; shorten the prompt or lower max_new_tokens"
+                )
+
+    def _start(self, committed: Committed, rows: list[_Row], resume: bool) -> None:
+        """Read the prompts, each but its last token."""
+        started = time.perf_counter()
+        setting = Setting(
+            self.sampling,
+            self.eos_ids,
+            self.target.vocabulary,
+            max(len(prompt) + row.limit for prompt, row in zip(committed.tokens, rows, strict=True)),
+        )
+        kept = self._kept(committed.tokens) if resume else None
+        if kept is None:
+            width = 1 + (self.drafter.max_length if self.drafter else 0)
+            self._cache = self.target.new_cache(len(rows), setting.capacity + width)
+        else:
+            self._cache.rollback([min(pair) for pair in zip(self._cache.lengths, kept, strict=True)])
+        unread = zip(committed.tokens, self._cache.lengths, strict=True)
+        self.target.read(self._cache, [tokens[length:-1] for tokens, length in unread])
+        if self.drafter:
+            self.drafter.start(committed, setting, kept)
+        if self.sampling.penalised:
+            committed.seen_BV = seen_tokens(committed.tokens, self.target.vocabulary, self.target.device)
+        self._text = committed.tokens[0] if len(rows) == 1 else None
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+        seconds = (time.perf_counter() - started) / len(rows)
+        for row in rows:
+            row.counts.prefill_seconds = seconds
+
+    def _kept(self, prompts: list[list[int]]) -> list[int] | None:
+        """How many leading tokens the caches may keep from the previous call."""
+        if self._text is None or len(prompts) != 1:
+            return None
+        last = len(prompts[0]) - 1
+        pairs = zip(self._text, prompts[0][:last], strict=False)
+        return [next((place for place, (old, new) in enumerate(pairs) if old != new), min(last, len(self._text)))]
+
+    # ---- a round ----
+
+    def _round(self, committed: Committed, rows: list[_Row], draws: Draws) -> tuple[Draft, list[list[int]]]:
+        """Draft and verify.
+
+        Returns:
+            the draft, and per row what the host must know: accepted, drafted, forwards by member, emitted tokens.
+        """
+        budget = [row.limit - len(row.tokens) - 1 for row in rows]
+        draft = None
+        if self.drafter and max(budget) > 0:
+            draft = self.drafter.propose(committed, None, budget, draws)
+        last_B1 = torch.tensor([tokens[-1:] for tokens in committed.tokens], device=self.target.device)
+        if draft is None:
+            draft = Draft.empty(len(rows), last_B1.device)
+        block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
+        verdict = self._verify(self.target.forward(self._cache, block).logits, committed, draft, draws)
+        if draft.width == 0:
+            return draft, [[0, 0, token] for (token,) in verdict.emitted.tolist()]
+        columns = [verdict.accepted_B, draft.length_B, *draft.forwards.values()]
+        return draft, torch.cat([torch.stack(columns, 1), verdict.emitted], 1).tolist()
+
+    def _verify(self, logits: Tensor, committed: Committed, draft: Draft, draws: Draws) -> Verdict:
+        seen = seen_along(committed.seen_BV, draft.tokens_BK) if committed.seen_BV is not None else None
+        if self.sampling.greedy:
+            return verify_greedy(self.sampling.choose(logits, seen), draft)
+        starts, width = committed.lengths, draft.width
+        u_next = draws.at("target", starts, width + 1)
+        u_accept_BK = draws.at("accept", starts, width)
+        return verify_sampled(self.sampling.probabilities(logits, seen), draft, u_accept_BK, u_next)
+
+    def _settle(
+        self, committed: Committed, rows: list[_Row], draft: Draft, reply: list[list[int]], started: float
+    ) -> None:
+        """Emit the round's tokens, end rows, and roll the caches back to what is committed."""
+        names = list(draft.forwards)
+        read = [length - draft.width - 1 for length in self._cache.lengths]  # before the round's forward
+        emitted: list[list[int]] = []
+        agreed: list[int] = []
+        for place, (row, (accepted, drafted, *rest)) in enumerate(zip(rows, reply, strict=True)):
+            tokens = self._cut(rest[len(names) :][: accepted + 1])
+            emitted.append(tokens)
+            agreed.append(min(accepted, len(tokens)))
+            row.tokens += tokens
+            row.sources += [draft.label(place, k) if k < accepted else "target" for k in range(len(tokens))]
+            if tokens[-1] in self.eos_ids:
+                row.finish_reason = "eos"
+            elif len(row.tokens) >= row.limit:
+                row.finish_reason = "length"
+            committed.tokens[place] += tokens
+        seconds = (time.perf_counter() - started) / len(rows)
+        for row, tokens, (_, drafted, *rest), accepted in zip(rows, emitted, reply, agreed, strict=True):
+            row.counts.add_round(len(tokens), drafted, accepted, dict(zip(names, rest, strict=False)), seconds)
+        # The last emitted token is not read yet, in either model.
+        self._cache.rollback([length + len(tokens) for length, tokens in zip(read, emitted, strict=True)])
+        if self.drafter:
+            self.drafter.commit(agreed)
+        if committed.seen_BV is not None:
+            for place, tokens in enumerate(emitted):
+                committed.seen_BV[place, tokens] = True
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """A round's tokens up to and including the first end token."""
+        for place, token in enumerate(tokens):
+            if token in self.eos_ids:
+                return tokens[: place + 1]
+        return tokens
+
+    def _leave(self, committed: Committed, rows: list[_Row], draws: Draws) -> list[_Row]:
+        """Drop finished rows: the last rows move into their places."""
+        kept = surviving_order([row.finish_reason is None for row in rows])
+        if not kept:
+            return []
+        self._cache.keep(kept)
+        if self.drafter:
+            self.drafter.keep(kept)
+        draws.keep(kept)
+        committed.tokens = [committed.tokens[row] for row in kept]
+        committed.sample_ids = [committed.sample_ids[row] for row in kept]
+        if committed.seen_BV is not None:
+            committed.seen_BV = committed.seen_BV[kept]
+        return [rows[row] for row in kept]
+
+
+def surviving_order(alive: Sequence[bool]) -> list[int]:
+    """The rows that stay, such that each keeps its place or moves forward into a free one, and few move.
+
+    Example:
+        >>> surviving_order([True, False, True, True])
+        [0, 3, 2]
+    """
+    total = sum(alive)
+    movers = [row for row in range(len(alive) - 1, total - 1, -1) if alive[row]]
+    return [place if alive[place] else movers.pop(0) for place in range(total)]
+
+
+class Conversation:
+    """A chat whose next turn reads only what is new, in the target and in the drafter.
+
+    The decoder may be used for other things in between: what the caches hold is compared with the prompt, token by token.
+
+    Args:
+        decoder: decodes the turns.
+        sample_id: keys the draws of this conversation.
+    """
+
+    def __init__(self, decoder: Decoder, sample_id: int = 0) -> None:
+        self.decoder = decoder
+        self.sample_id = sample_id
+
+    def reply(self, prompt: Sequence[int], max_new_tokens: int) -> Completion:
+        """Answer a turn.
+
+        Args:
+            prompt: the whole conversation up to this turn, as the chat template renders it.
+            max_new_tokens: of the answer.
+        """
+        [completion] = self.decoder.generate([prompt], max_new_tokens, [self.sample_id], resume=True)
+        return completion

@@ -1,0 +1,97 @@
+"""Verification: which drafted tokens the target accepts, and the token it adds. One implementation for all drafters.
+
+Greedy: the longest prefix that equals the target's argmax. Sampling: exact rejection sampling (Leviathan et al. 2023;
+Chen et al. 2023). A token drawn from q is accepted with probability min(1, p/q), and at the first rejection the target
+draws from the normalised (p - q)+. A deterministic token is a draw from the one-hot distribution at itself: accepted
+with probability p(x), else p without x. If all are accepted the target draws a bonus token from p.
+"""
+
+# B batch, K drafted tokens, V vocabulary
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from drafttrain.decoding.draft import Draft
+from drafttrain.ops.random import sample
+
+
+class Verdict(NamedTuple):
+    """The outcome of a round.
+
+    Attributes:
+        accepted_B: int64, leading drafted tokens that the target accepts.
+        emitted: int64 [B, K + 1]; the first accepted + 1 are the round's tokens, the rest is padding.
+    """
+
+    accepted_B: Tensor
+    emitted: Tensor
+
+
+def verify_greedy(choice: Tensor, draft: Draft) -> Verdict:
+    """Accept what equals the target's argmax.
+
+    Args:
+        choice: int64 [B, K + 1], the target's argmax at each drafted position and after the last.
+        draft: K tokens a row.
+    """
+    accepted_BK = draft.tokens_BK == choice[:, :-1]
+    return Verdict(_leading(accepted_BK, draft), choice)
+
+
+def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor) -> Verdict:
+    """Exact rejection sampling.
+
+    Args:
+        p: [B, K + 1, V], the target's distribution at each drafted position and after the last.
+        draft: K tokens a row, with the dense q of its sampled tokens; q may have a smaller vocabulary than p.
+        u_accept_BK: uniforms that decide acceptance.
+        u_next: uniforms [B, K + 1] for the token the target adds, by its place in the block.
+    """
+    batch, width = draft.tokens_BK.shape
+    rows_B = torch.arange(batch, device=p.device)
+    tokens_BK1 = draft.tokens_BK.unsqueeze(2)
+    p_BK = p[:, :width].gather(2, tokens_BK1).squeeze(2)
+    threshold_BK = u_accept_BK
+    if draft.probs_BKV is not None:
+        q_BK = draft.probs_BKV.gather(2, tokens_BK1).squeeze(2)
+        if draft.sampled_BK is not None:
+            q_BK = q_BK.masked_fill(~draft.sampled_BK, 1.0)
+        threshold_BK = u_accept_BK * q_BK
+    accepted_B = _leading(threshold_BK < p_BK, draft)
+    p_BV = p[rows_B, accepted_B]
+    next_B = sample(_residual(p_BV, draft, accepted_B), u_next[rows_B, accepted_B])
+    emitted = pad(draft.tokens_BK, (0, 1)).scatter_(1, accepted_B.unsqueeze(1), next_B.unsqueeze(1))
+    return Verdict(accepted_B, emitted)
+
+
+def _leading(accepted_BK: Tensor, draft: Draft) -> Tensor:
+    inside_BK = torch.arange(draft.width, device=accepted_BK.device) < draft.length_B.unsqueeze(1)
+    return (accepted_BK & inside_BK).cumprod(1).sum(1)
+
+
+def _residual(p_BV: Tensor, draft: Draft, accepted_B: Tensor) -> Tensor:
+    """What the target draws from after the accepted tokens: (p - q)+ at a rejected token, p after the last one.
+
+    A residual without mass means p = q up to rounding, where a rejection has probability zero: then it is p.
+    """
+    if draft.width == 0:
+        return p_BV
+    column_B1 = accepted_B.clamp(max=draft.width - 1).unsqueeze(1)
+    rejected_B1 = (accepted_B < draft.length_B).unsqueeze(1)
+    token_B1 = draft.tokens_BK.gather(1, column_B1)
+    if draft.probs_BKV is None:
+        q_BV = torch.zeros_like(p_BV).scatter_(1, token_B1, 1.0)
+    else:
+        q_BV = draft.probs_BKV[torch.arange(len(p_BV), device=p_BV.device), column_B1[:, 0]]
+        q_BV = pad(q_BV, (0, p_BV.shape[1] - q_BV.shape[1]))
+        if draft.sampled_BK is not None:
+            one_hot_BV = torch.zeros_like(q_BV).scatter_(1, token_B1, 1.0)
+            q_BV = torch.where(draft.sampled_BK.gather(1, column_B1), q_BV, one_hot_BV)
+    residual_BV = (p_BV - q_BV).clamp_(min=0)
+    usable_B1 = rejected_B1 & (residual_BV.sum(1, keepdim=True) > 0)
+    return torch.where(usable_B1, residual_BV, p_BV)
