@@ -149,7 +149,7 @@ def parse(
     own, flags = _general_parser().parse_known_args(argv)
     _check_flags(flags)
     config = Path(resolve_path(str(own.config))) if own.config else None
-    values = _read_values(_parser(description, tuple(SECTIONS), prog), config, flags)
+    values = _read_values(_whole_parser(), config, flags)
     _check_ranges(Recipe, values)
     base = config.resolve().parent if config else None
     values = _map_paths(Recipe, values, lambda path: resolve_path(path, base))
@@ -243,7 +243,7 @@ def _known_keys() -> tuple[str, ...]:
     def walk(cls: type, prefix: str) -> Iterator[str]:
         for name, hint in _hints(cls).items():
             yield prefix + name
-            inner = _dataclass_in(hint)
+            inner = _dataclass_in(_element(hint))
             if inner is not None:
                 yield from walk(inner, f"{prefix}{name}.")
 
@@ -251,13 +251,15 @@ def _known_keys() -> tuple[str, ...]:
 
 
 def nearest(key: str, known: Sequence[str]) -> str | None:
-    """The known name most like `key`: by spelling, or with the same last part in another section."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if close:
-        return close[0]
-    last = key.rsplit(".", 1)[-1]
-    moved = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    return (moved or difflib.get_close_matches(key, known, n=1, cutoff=0.4) or [None])[0]
+    """The known name most like `key`: a sibling spelt alike, the same name in another section, or any spelt alike."""
+    prefix, _, last = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == prefix]
+    moved = [name for name in known if name.rpartition(".")[2] == last]
+    for names, cutoff in ((siblings, 0.8), (moved, 0.0), (siblings, 0.7), (known, 0.6)):
+        close = difflib.get_close_matches(key, names, n=1, cutoff=cutoff)
+        if close:
+            return close[0]
+    return None
 
 
 def _unknown(key: str, where: str, dashes: str = "") -> UserError:
@@ -268,7 +270,7 @@ def _unknown(key: str, where: str, dashes: str = "") -> UserError:
 
 
 def _check_keys(cls: type, values: Any, where: str, prefix: str = "") -> None:
-    """Refuse keys that no dataclass has, at any depth."""
+    """Refuse keys that the sections do not have, at any depth."""
     hints = _hints(cls)
     if values is None and prefix:
         return
@@ -419,7 +421,7 @@ def _wrong_value(message: str, where: str) -> UserError:
     key, hint = found.group(1), Recipe
     for part in key.split("."):
         hint = _hints(_dataclass_in(hint) or _Leaf).get(part, Any)
-    got = re.findall(r"Got value: (.*)", message)
+    got = re.findall(r"(?:Got value|Given value): (.*)", message)
     value = f", not {got[-1]}" if got else ""
     return UserError(f"{where}: {key} takes {_describe(hint)}{value}.")
 
@@ -448,6 +450,11 @@ def _general_parser() -> argparse.ArgumentParser:
     parser.add_argument("--accept-new-target", action="store_true")
     parser.add_argument(*_LAUNCHER_FLAGS, type=int)
     return parser
+
+
+@functools.cache
+def _whole_parser() -> ArgumentParser:
+    return _parser("", tuple(SECTIONS), None)
 
 
 def _parser(
