@@ -1,0 +1,203 @@
+"""Training of the reference target from nothing: `drafttrain pretrain --config recipes/reference/target.yaml --run D`.
+
+Warm-up, stable, decay: the learning rate stays flat until the last stretch, so that a longer run is the same run with
+a later end, and a finished one can be continued from its weights. Reads RUN/corpus (data_prep/corpus.py), saves as it
+goes, resumes where it was killed, and leaves the model in RUN/target.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from drafttrain.config import Parsed
+from drafttrain.errors import UserError
+from drafttrain.evaluation.answers import answer_examples, code_loss, held_out_examples
+from drafttrain.evaluation.tasks import KINDS, TASKS
+from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
+from drafttrain.ops import causal_attention
+from drafttrain.recipe import PretrainConfig
+from drafttrain.run_folder import RunFolder
+from drafttrain.training.muon import MuonAdamW
+from drafttrain.training.pretrain_data import CODE, Blocks, Stage
+
+PROBES = {"recall/multi_key/prose": 24, "recall/multi_value/distractors": 12, "revise/replace": 6}
+
+
+def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float:
+    """Share of the peak learning rate: linear up over `warmup` steps, flat, linear to zero over the last `decay`."""
+    return max(0.0, min(1.0, (step + 1) / max(1, warmup), (total - step) / max(1, decay)))
+
+
+def weighted_loss(model: nn.Module, input_ids: Tensor, weights: Tensor, position_ids: Tensor) -> Tensor:
+    """Weighted mean next-token cross-entropy of a block [rows, length]; weights belong to the predicted tokens."""
+    states = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return _head_loss(model.lm_head.weight, states[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), weights[:, 1:])
+
+
+@torch.compile(dynamic=False)
+def _head_loss(head: Tensor, states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    logits = nn.functional.linear(states, head)
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+class PretrainTrainer(Trainer):
+    """The library's loop over blocks in their order, with the weighted loss."""
+
+    def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object) -> Tensor:
+        # the Trainer's own autocast wraps model.forward, which the loss goes around
+        with torch.autocast(self.args.device.type, torch.bfloat16):
+            return weighted_loss(model, **inputs)
+
+
+class Probe(TrainerCallback):
+    """Now and then, held-out tasks and code: one line on screen and in `probes.jsonl`."""
+
+    def __init__(self, run: Path, tokenizer: PreTrainedTokenizerFast, held_out: Tensor, every: int) -> None:
+        self.run, self.tokenizer, self.held_out, self.every = run, tokenizer, held_out, every
+
+    def on_step_end(self, args, state, control, model=None, **_: object) -> None:
+        if state.global_step % self.every:
+            return
+        model.eval()
+        # every example has a length of its own: eagerly, so that none of them is compiled for
+        with torch.compiler.set_stance("force_eager"), torch.autocast(model.device.type, torch.bfloat16):
+            row = {"step": state.global_step, "code": round(code_loss(model, self.held_out, 512, 16), 3)}
+            for kind, answers in PROBES.items():
+                for length in [512, 2048] if kind.startswith("recall") else [160]:
+                    examples = held_out_examples(kind, length, answers, self.tokenizer)
+                    result = answer_examples(model, self.tokenizer, examples)
+                    row[f"{kind}@{length}"] = [round(result.exact_share, 3), round(result.token_share, 3)]
+        model.train()
+        print(json.dumps(row), flush=True)
+        with (self.run / "probes.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def new_model(settings: dict, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama from nothing; what each block adds to the residual stream starts at zero."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+def pretrain(parsed: Parsed) -> None:
+    """The verb: train RUN/target, or with --plan say what would be trained.
+
+    Raises:
+        UserError: no corpus in the run folder, or a stage that cannot be.
+    """
+    folder = RunFolder(parsed.run)
+    settings = parsed.recipe.pretrain
+    stages = _stages(settings.stages)
+    if parsed.plan:
+        tokens = sum(stage.steps * stage.tokens for stage in stages)
+        print(
+            f"would train {sum(stage.steps for stage in stages)} steps, {tokens / 1e6:.1f}M tokens, into {folder.path}"
+        )
+        return
+    if not (folder.path / "corpus" / "train.npy").is_file():
+        raise UserError(f"{folder.path} holds no corpus; run data_prep/corpus.py with the same --run first.")
+    folder.record(parsed, "drafttrain pretrain")
+    model, tokenizer = train(folder.path, settings, stages)
+    info = CheckpointInfo(
+        kind="target",
+        recipe=parsed.resolved,
+        license="Apache-2.0",
+        description="Trained from nothing on the Python standard library's source and on procedural tasks.",
+    )
+    model.to(torch.bfloat16)
+    save_checkpoint(folder.path / "target", model, tokenizer, info)
+    print(f"the target is in {folder.path / 'target'}")
+
+
+def _stages(settings: list[dict]) -> list[Stage]:
+    try:
+        stages = [Stage(**stage) for stage in settings]
+    except TypeError as error:
+        raise UserError(f"pretrain.stages: {error}; a stage has steps, tokens, lengths, mixture and jumps.") from None
+    if not stages:
+        raise UserError("pretrain.stages is empty; recipes/reference/target.yaml shows the stages of the reference.")
+    known = {CODE, *KINDS, *TASKS}
+    for stage in stages:
+        if unknown := set(stage.mixture) - known:
+            raise UserError(
+                f"pretrain.stages: no task is called {sorted(unknown)[0]}; known: {', '.join(sorted(known))}."
+            )
+    return stages
+
+
+def train(run: Path, settings: PretrainConfig, stages: list[Stage]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Train, or go on training, the model of a run folder that holds `corpus/`; returns it with its final weights."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "corpus" / "tokenizer")
+    held_out = torch.from_numpy(np.load(run / "corpus" / "held_out.npy").astype(np.int32))
+    model = new_model(settings.model, tokenizer, settings.seed)
+    if settings.init_from:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(settings.init_from, dtype="float32").state_dict())
+    _compile(model)
+    blocks = Blocks(stages, np.load(run / "corpus" / "train.npy"), tokenizer, model.config.max_position_embeddings)
+    optimizer = MuonAdamW(model, settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_stable_decay(step, settings.warmup_steps, settings.decay_steps, len(blocks))
+    )
+    trainer = PretrainTrainer(
+        model=model,
+        args=_arguments(run, settings, len(blocks)),
+        train_dataset=blocks,
+        data_collator=lambda items: items[0],
+        optimizers=(optimizer, schedule),
+        callbacks=[Probe(run, tokenizer, held_out, settings.save_every)],
+    )
+    started = any((run / "pretrain").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=started or None)
+    model.set_attn_implementation("sdpa")
+    return model, tokenizer
+
+
+def _compile(model: LlamaForCausalLM) -> None:
+    """Compile layer by layer: one graph per row length serves all layers, where the whole model takes minutes."""
+    model.set_attn_implementation("sdpa" if torch.cuda.is_available() else causal_attention.NAME)
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+
+
+def _arguments(run: Path, settings: PretrainConfig, steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(run / "pretrain"),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        use_cpu=not torch.cuda.is_available(),
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=20,
+        report_to=[],
+        seed=settings.seed,
+        remove_unused_columns=False,
+        disable_tqdm=not os.isatty(1),
+    )
