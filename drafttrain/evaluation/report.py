@@ -1,0 +1,78 @@
+"""report.json, report.md and report.html: one `Report`, three readers (programs, terminals, people).
+
+The verdict stands first in all of them. Nothing is computed here: what a table shows is in the `Report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from drafttrain.evaluation import plots
+from drafttrain.evaluation.html import render_html
+from drafttrain.evaluation.schema import Report, to_json
+from drafttrain.evaluation.tables import (
+    COST_COLUMNS,
+    EXACT_COLUMNS,
+    METHOD_COLUMNS,
+    cost_cells,
+    exactness_cells,
+    left_out,
+    method_cells,
+    method_notes,
+    task_cells,
+)
+from drafttrain.evaluation.verdict import verdict_lines
+from drafttrain.run_folder import RunFolder, write_atomically
+
+PLOT_TITLES = {
+    "speedup": "Speed-up of every method",
+    "length": "Tokens per second against the number of drafted tokens",
+    "pareto": "Verification rate against discard rate, every setting replayed",
+    "reliability": "Reliability of the acceptance head",
+    "breakdown": "Where the time goes",
+    "tau_history": "Tokens per round while training",
+}
+
+
+def write(report: Report, run: RunFolder) -> Path:
+    """Draw the plots and write the three files, each whole or not at all.
+
+    Returns:
+        Path of report.html.
+    """
+    run.create()
+    report.plots = plots.draw_all(report, run.plots)
+    write_atomically(run.report / "report.json", to_json(report) + "\n")
+    write_atomically(run.report / "report.md", markdown(report))
+    write_atomically(run.report / "report.html", render_html(report, run.report, PLOT_TITLES))
+    return run.report / "report.html"
+
+
+def markdown(report: Report) -> str:
+    """The report for a terminal or a forge."""
+    headline, *details = verdict_lines(report.verdict)
+    parts = ["# Does speculative decoding pay?", "", f"**{headline}**", "", *[f"- {line}" for line in details]]
+    for name in plots.samplings(report):
+        parts += ["", f"## Measured, {name}", "", *table(METHOD_COLUMNS, method_cells(report, name))]
+        parts += ["", left_out(report, name)]
+        parts += ["", f"### Speed-up by task, {name}", "", *table(*task_cells(report, name))]
+        parts += ["", f"### Costs, {name}", "", *table(COST_COLUMNS, cost_cells(report, name))]
+    parts += ["", "## Is the output the target's?", "", *table(EXACT_COLUMNS, exactness_cells(report))]
+    parts += _plot_links(report)
+    parts += ["", "## How it was measured", "", *[f"- {line}" for line in method_notes(report)], ""]
+    return "\n".join(parts)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table, numbers to the right."""
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return lines + [f"| {' | '.join(cells)} |" for cells in rows]
+
+
+def _plot_links(report: Report) -> list[str]:
+    lines = []
+    for name, title in PLOT_TITLES.items():
+        if name in report.plots:
+            lines += ["", f"![{title}]({report.plots[name]})"]
+    return ["", "## Plots", *lines] if lines else []

@@ -1,0 +1,207 @@
+"""What the report's tables show, as text cells, for markdown and HTML alike."""
+
+from __future__ import annotations
+
+from drafttrain.evaluation.schema import ALL, Exactness, Figures, MethodResult, Report
+
+BUSY = 0.7
+"""Run queue per core at the start from which the report says that the machine was busy."""
+
+METHOD_COLUMNS = (
+    "method",
+    "tokens/s",
+    "speed-up [95 %]",
+    "predicted",
+    "by replay",
+    "with prefill",
+    "tau",
+    "accepted",
+    "discard rate",
+    "verification rate",
+    "to first token, ms",
+)
+
+
+def method_cells(report: Report, sampling: str) -> list[list[str]]:
+    """One row a method: the baseline, then the fastest first."""
+    rows = sorted(report.of(sampling), key=lambda row: -(row.overall.speedup.value if row.overall.speedup else 0.0))
+    return [_method_row(row) for row in [report.baseline(sampling), *rows]]
+
+
+def _method_row(row: MethodResult) -> list[str]:
+    figures = row.overall
+    is_baseline = row.kind == "autoregressive"
+    return [
+        f"`{row.method}`",
+        number(figures.tokens_per_second, ".1f"),
+        "1" if is_baseline else (f"{figures.speedup:.2f}" if figures.speedup else "-"),
+        number(row.predicted_speedup, ".2f"),
+        number(row.replayed_speedup, ".2f"),
+        "1" if is_baseline else number(figures.end_to_end_speedup, ".2f"),
+        number(figures.tau, ".2f"),
+        percent(figures.acceptance_rate),
+        number(figures.discard_rate, ".2f"),
+        number(figures.verification_rate, ".2f"),
+        milliseconds(figures.time_to_first_token),
+    ]
+
+
+def task_cells(report: Report, sampling: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of speed-ups by task, with the task's own best fixed length by replay."""
+    rows = report.of(sampling)
+    tasks = list(report.baseline(sampling).tasks)
+    own_best = {task: _own_best(report, sampling, task) for task in tasks}
+    columns = ["task", "answers", *[f"`{row.method}`" for row in rows]]
+    if any(own_best.values()):
+        columns.append("its own best K, by replay")
+    cells = []
+    for task in tasks:
+        base = report.baseline(sampling).tasks[task]
+        line = [task, str(base.prompts), *[_interval(row.tasks.get(task)) for row in rows]]
+        if any(own_best.values()):
+            line.append(own_best[task] or "-")
+        cells.append(line)
+    return columns, cells
+
+
+def _interval(figures: Figures | None) -> str:
+    return f"{figures.speedup:.2f}" if figures and figures.speedup else "-"
+
+
+def _own_best(report: Report, sampling: str, task: str) -> str | None:
+    points = [p for p in report.sweep if p.sampling == sampling and p.kind == "fixed" and task in p.task_speedups]
+    if not points:
+        return None
+    best = max(points, key=lambda point: point.task_speedups[task])
+    return f"K={int(best.parameter)}: {best.task_speedups[task]:.2f}"
+
+
+COST_COLUMNS = ("method", "c", "v(2)", "v(4)", "v(6)", "v(12)", "o", "draft ms", "verify ms", "loop ms")
+
+
+def cost_cells(report: Report, sampling: str) -> list[list[str]]:
+    """One row a method: costs in autoregressive steps, and milliseconds per emitted token."""
+    cells = []
+    for row in [report.baseline(sampling), *report.of(sampling)]:
+        costs, spent = row.costs, row.breakdown
+        widths = [number(costs.v[w - 1], ".2f") if costs and len(costs.v) >= w else "-" for w in (2, 4, 6, 12)]
+        c = ", ".join(f"{name} {value:.3f}" for name, value in costs.c.items()) if costs and costs.c else "-"
+        times = [milliseconds(getattr(spent, part)) if spent else "-" for part in ("draft", "verify", "loop")]
+        cells.append([f"`{row.method}`", c, *widths, number(costs.o if costs else None, ".3f"), *times])
+    return cells
+
+
+EXACT_COLUMNS = ("method", "setting", "check", "answers", "identical", "first divergences", "verdict")
+
+
+def exactness_cells(report: Report) -> list[list[str]]:
+    """One row a check."""
+    return [
+        [
+            f"`{row.method}`",
+            row.sampling,
+            check.tier,
+            str(check.answers),
+            _identical(check),
+            _divergences(check),
+            ("passed" if check.passed else "FAILED") + (f": {check.reason}" if check.reason else ""),
+        ]
+        for row in report.methods
+        for check in row.lossless
+    ]
+
+
+def _identical(check: Exactness) -> str:
+    return "-" if check.tier in ("sampled", "not checked") else str(check.identical)
+
+
+def _divergences(check: Exactness) -> str:
+    if check.z is not None:
+        return f"z = {check.z:+.2f}"
+    if not check.divergences:
+        return "-"
+    worst = max(check.divergences, key=lambda d: d.gap / max(d.noise, 1e-30))
+    return f"{len(check.divergences)}; worst gap {worst.gap:.2g} at noise {worst.noise:.2g}"
+
+
+def number(value: float | None, spec: str) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else format(value, spec)
+
+
+def percent(value: float | None) -> str:
+    """A share as whole percents."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def milliseconds(value: float | None) -> str:
+    """Seconds as milliseconds."""
+    return "-" if value is None else f"{1e3 * value:.2f}"
+
+
+def left_out(report: Report, sampling: str) -> str:
+    """How many answers do not count, and how the target itself did."""
+    base = report.baseline(sampling).overall
+    rows = report.of(sampling)
+    looping = max([base.looping, *[row.overall.looping for row in rows]])
+    wrong = max([base.wrong, *[row.overall.wrong for row in rows]])
+    return (
+        f"Left out at most: {looping} looping answers, {wrong} *revise* answers that are not right. Repeated 4-grams "
+        f"in the target's own answers: {percent(base.repetition)}; its task score: {percent(base.score)}."
+    )
+
+
+def method_notes(report: Report) -> list[str]:
+    """What ran, on what, and what the words mean; a line each."""
+    return [
+        _models(report),
+        _work(report),
+        f"Settings were chosen by {report.workload.tuned_by}.",
+        "Speed-up is the ratio of decoding rates (tokens over seconds, both summed; prefill left out). Its interval is "
+        "a bootstrap over conversations, paired with the baseline, with tasks as strata.",
+        "tau counts the bonus token. Discard rate: discarded drafted tokens per emitted token. Verification rate: "
+        "target forwards per emitted token. c: one draft step; v(w): a target forward of width w; o: the rest of a "
+        "round; all in autoregressive steps. Predicted: the method's own counts with these costs.",
+        *_machine(report),
+    ]
+
+
+def _models(report: Report) -> str:
+    pair = report.pair
+    line = (
+        f"Target `{pair.target}` ({pair.target_parameters / 1e6:.1f}M parameters), drafter `{pair.drafter}` "
+        f"({pair.drafter_parameters / 1e6:.1f}M)"
+    )
+    line += f", head `{pair.head}`." if pair.head else "."
+    if pair.accepted_new_target:
+        line += " The target's weights are not those that the drafter was made for; this was asked for."
+    return line
+
+
+def _work(report: Report) -> str:
+    work = report.workload
+    prompts = ", ".join(f"{task} {count}" for task, count in work.prompts.items() if task != ALL)
+    return (
+        f"Test prompts: {prompts}; up to {work.max_new_tokens} new tokens, batch {work.batch_size}, {work.dtype}, "
+        f"{work.repeats} repeats (median). Methods ran in turn prompt by prompt after a warm-up, the baseline among "
+        "them, in the same process, engine and dtype."
+    )
+
+
+def _machine(report: Report) -> list[str]:
+    machine = report.environment
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    commit = f"; commit {machine.commit[:12]}" if machine.commit else ""
+    notes = [
+        f"{machine.device}, {machine.cpu}, {machine.cores} cores, {machine.threads} threads, {machine.system}; load "
+        f"{machine.load_start:.1f} at the start, {machine.load_end:.1f} at the end; {versions}{commit}; "
+        f"{machine.created}."
+    ]
+    if machine.roofline and machine.bandwidth:
+        notes.append(
+            f"Memory bandwidth {machine.bandwidth / 1e9:.0f} GB/s (measured): a ceiling of {machine.roofline:.0f} "
+            "tokens/s for decoding one token at a time."
+        )
+    if machine.load_start > BUSY * machine.cores:
+        notes.append("The machine was busy before this began: the intervals hold the noise, the costs less so.")
+    return notes

@@ -1,0 +1,227 @@
+"""One verdict: deploy or not, with which setting, what holds the speed back, what to do next.
+
+What holds it back is found by asking of each term of
+
+    speed-up = N / (sum_m F_m c_m + sum_rounds v(w) + R o)
+
+what the speed-up would be if half of what that term costs were gone: half of the rejections (tau), half the price of a
+draft step (c), half of what a wide forward costs above a narrow one (v), half the loop (o). The term whose halving
+gains most is the limit. "Half" puts the four on one scale; "all" would always name tau.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from drafttrain.evaluation.schema import Costs, Decision, Figures, MethodResult, SettingVerdict, Verdict
+from drafttrain.evaluation.statistics import Interval
+
+_LIMITS = {
+    "tau": "tau, the tokens gained per round: too many drafted tokens are rejected",
+    "c": "c, the price of drafting beside that of the target",
+    "v": "v, the price of checking several tokens in one forward of the target",
+    "o": "o, the decode loop itself, which weighs much beside a target this fast",
+}
+
+_REMEDIES = {
+    "tau": [
+        "distil further: more prompts like the traffic to be served, more passes, or training.on_policy_fraction",
+        "compare training.losses (reverse_kl, total_variation), or keep more layers in the drafter",
+    ],
+    "c": ["use a smaller drafter: fewer layers in drafter.layers or a narrower drafter.config"],
+    "v": ["serve in bfloat16 on hardware that computes in it, with a smaller batch, or draft fewer tokens a round"],
+    "o": ["serve with an engine that captures or compiles its loop: `drafttrain export`"],
+}
+
+_ADAPTIVE = {"head": "acceptance head", "confidence": "confidence rule", "entropy": "entropy bound"}
+
+
+def decide(rows: Sequence[MethodResult], tau_history: Sequence[dict[str, float]], least: float) -> Verdict:
+    """The verdict over all methods and decoding settings.
+
+    Args:
+        rows: methods of the report, the baseline among them, in the order of their settings.
+        tau_history: tau over training, to say whether more data would pay; may be empty.
+        least: lower bound of the speed-up's interval from which to deploy (evaluate.min_speedup).
+    """
+    broken = [row for row in rows if any(not check.passed for check in row.lossless)]
+    if broken:
+        return _not_exact(broken)
+    names = list(dict.fromkeys(row.sampling for row in rows))
+    settings = [_setting(name, [row for row in rows if row.sampling == name], least) for name in names]
+    first = settings[0]
+    prompts = {row.sampling: row.overall.prompts for row in rows if row.method == first.method}
+    details = [_also(setting, least) for setting in settings[1:]]
+    details += [line for line in (_adaptive(rows, first), _limit(first)) if line]
+    return Verdict(
+        first.decision,
+        _headline(first, prompts.get(first.sampling, 0), least),
+        details,
+        _next_steps(first, tau_history),
+        settings,
+    )
+
+
+def _setting(name: str, rows: Sequence[MethodResult], least: float) -> SettingVerdict:
+    measured = [row for row in rows if row.kind != "autoregressive" and row.overall.speedup is not None]
+    if not measured:
+        return SettingVerdict(name, "not proven")
+    best = max(measured, key=lambda row: row.overall.speedup.value)
+    verdict = SettingVerdict(name, _decision(best.overall.speedup, least), best.method, best.overall.speedup)
+    if best.kind != "fixed":
+        verdict.over_fixed = best.versus_best_fixed
+    if best.costs is not None:
+        verdict.predicted = predict(best.overall, best.costs)
+        verdict.halved = halved(best.overall, best.costs)
+        verdict.limit = max(verdict.halved, key=verdict.halved.get)
+    return verdict
+
+
+def _decision(speedup: Interval, least: float) -> Decision:
+    if speedup.low >= least:
+        return "deploy"
+    return "not proven" if speedup.value >= least else "no gain"
+
+
+def _headline(verdict: SettingVerdict, prompts: int, least: float) -> str:
+    if verdict.speedup is None:
+        return (
+            f"Not proven: do not deploy. No answer was left to measure at {verdict.sampling}: all of them loop or are "
+            "wrong."
+        )
+    over = f"{verdict.sampling}, {prompts} prompts"
+    if verdict.decision == "deploy":
+        return f"Deploy `{verdict.method}`: {verdict.speedup:.2f} times as fast as without a drafter ({over})."
+    if verdict.decision == "not proven":
+        return (
+            f"Not proven: do not deploy yet. `{verdict.method}` is {verdict.speedup:.2f} times as fast as without a "
+            f"drafter ({over}), and the interval reaches below {least:.2f}."
+        )
+    return (
+        f"No gain: do not deploy. The fastest setting, `{verdict.method}`, is {verdict.speedup:.2f} times as fast as "
+        f"without a drafter ({over})."
+    )
+
+
+def _also(setting: SettingVerdict, least: float) -> str:
+    if setting.speedup is None:
+        return f"At {setting.sampling} no answer was left to measure."
+    closing = {
+        "deploy": "",
+        "not proven": f"; not proven, the interval reaches below {least:.2f}",
+        "no gain": "; no gain, do not deploy there",
+    }[setting.decision]
+    return f"At {setting.sampling}: {setting.speedup:.2f}, with `{setting.method}`{closing}."
+
+
+def _adaptive(rows: Sequence[MethodResult], first: SettingVerdict) -> str | None:
+    """What the best adaptive rule adds to the best fixed length, said of the first setting."""
+    compared = [
+        row for row in rows if row.sampling == first.sampling and row.kind in _ADAPTIVE and row.versus_best_fixed
+    ]
+    if not compared:
+        return None
+    best = max(compared, key=lambda row: row.versus_best_fixed.value)
+    gain, name = best.versus_best_fixed, _ADAPTIVE[best.kind]
+    change = f"{100 * (gain.value - 1):+.0f} % [{100 * (gain.low - 1):+.0f}, {100 * (gain.high - 1):+.0f}]"
+    if gain.low > 1:
+        return f"The {name} earns its place: {change} over the best fixed length measured."
+    if gain.high < 1:
+        return f"The {name} costs more than it saves: {change} against the best fixed length; use that."
+    return f"The {name} adds nothing that this many prompts could prove: {change} over the best fixed length."
+
+
+def _limit(setting: SettingVerdict) -> str | None:
+    if setting.limit is None:
+        return None
+    return (
+        f"What limits the speed most is {_LIMITS[setting.limit]}. With half of that gone, the "
+        f"{setting.predicted:.2f} that the costs predict would be {setting.halved[setting.limit]:.2f}."
+    )
+
+
+def _next_steps(first: SettingVerdict, tau_history: Sequence[dict[str, float]]) -> list[str]:
+    steps = []
+    if first.speedup is None:
+        return ["give prompts whose answers end (prompts.path, evaluate.max_new_tokens), or sample"]
+    if first.decision == "deploy":
+        steps.append(f"serve with `{first.method}`; `drafttrain export` writes the drafter for other engines")
+    elif first.decision == "not proven":
+        steps.append("measure more prompts (evaluate.prompts_per_task) on an idle machine")
+    if rising(tau_history):
+        steps.append("tau was still rising when training ended: train on more data before anything else")
+    return steps + _REMEDIES.get(first.limit, [])
+
+
+def _not_exact(broken: Sequence[MethodResult]) -> Verdict:
+    failed = broken[0]
+    reason = next(check.reason for check in failed.lossless if not check.passed)
+    names = ", ".join(dict.fromkeys(f"`{row.method}`" for row in broken))
+    return Verdict(
+        "not exact",
+        f"Not exact: do not deploy. The output of {names} is not the target's ({failed.sampling}: {reason}).",
+        next_steps=[f'run `drafttrain lossless` with this pair and --method "{failed.method}" and report it as a bug'],
+        settings=[SettingVerdict(failed.sampling, "not exact", failed.method)],
+    )
+
+
+def rising(tau_history: Sequence[dict[str, float]], share: float = 0.02) -> bool:
+    """Whether tau grew by more than `share` over the last third of the training."""
+    taus = [point["tau"] for point in tau_history if point.get("tau") is not None]
+    if len(taus) < 4:
+        return False
+    return taus[-1] > (1 + share) * taus[-1 - max(1, len(taus) // 3)]
+
+
+def predict(figures: Figures, costs: Costs) -> float:
+    """Speed-up that a method's own counts and the measured costs predict (the formula above)."""
+    return 1 / sum(_per_token(figures, costs).values())
+
+
+def _per_token(figures: Figures, costs: Costs) -> dict[str, float]:
+    """Cost per emitted token in autoregressive steps: drafting, the narrow and the extra part of checking, the loop."""
+    draft = sum(forwards * costs.c.get(name, 0.0) for name, forwards in figures.draft_forwards.items())
+    narrow = figures.rounds * costs.v[0]
+    extra, loop = _verify(figures, costs) - narrow, figures.rounds * costs.o
+    parts = {"draft": draft, "narrow": narrow, "extra": extra, "loop": loop}
+    return {name: cost / figures.tokens for name, cost in parts.items()}
+
+
+def _verify(figures: Figures, costs: Costs) -> float:
+    """Sum over rounds of v(w). Rounds of exactly i drafted tokens are those that draft position i but not i + 1."""
+    reach = [figures.rounds, *figures.drafted_at, 0]
+    last = len(costs.v) - 1
+    return sum((reach[i] - reach[i + 1]) * costs.v[min(i, last)] for i in range(len(reach) - 1))
+
+
+def halved(figures: Figures, costs: Costs) -> dict[str, float]:
+    """Predicted speed-up with half of what tau, c, v or o costs gone, each alone."""
+    parts = _per_token(figures, costs)
+    total = sum(parts.values())
+    return {
+        "tau": _tau_gain(figures) / total,
+        "c": 1 / (total - parts["draft"] / 2),
+        "v": 1 / (total - max(parts["extra"], 0.0) / 2),
+        "o": 1 / (total - max(parts["loop"], 0.0) / 2),
+    }
+
+
+def _tau_gain(figures: Figures) -> float:
+    """How many times as many tokens a round gives when each position is rejected half as often.
+
+    Drafts keep their lengths: with d_i the share of rounds that draft position i and a_j the conditional acceptance,
+    the model is tau = 1 + sum_i d_i a_1 ... a_i, taken with a_j and with (1 + a_j) / 2. The ratio of the two is used,
+    which forgives the model that d_i and the a_j are not independent under an adaptive rule.
+    """
+    now, then, chain_now, chain_then = 1.0, 1.0, 1.0, 1.0
+    for drafted, accepted in zip(figures.drafted_at, figures.acceptance_conditional, strict=True):
+        chain_now *= accepted
+        chain_then *= (1 + accepted) / 2
+        now += drafted / figures.rounds * chain_now
+        then += drafted / figures.rounds * chain_then
+    return then / now
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """The verdict as it stands on the screen and at the top of the report."""
+    return [verdict.headline, *verdict.details, *[f"Next: {step}." for step in verdict.next_steps]]

@@ -1,0 +1,99 @@
+"""The written report opens with the verdict, holds everything inside, and escapes what it quotes."""
+
+import base64
+import re
+
+import pytest
+
+from drafttrain.evaluation import plots, report
+from drafttrain.evaluation.schema import read_report
+from drafttrain.evaluation.verdict import verdict_lines
+from drafttrain.run_folder import RunFolder
+from tests.evaluation import synthetic
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    run = RunFolder(tmp_path_factory.mktemp("run"))
+    made, _ = synthetic.report()
+    assert report.write(made, run) == run.path / "report.html"
+    return made, run
+
+
+def test_markdown_opens_with_the_verdict(written):
+    made, run = written
+    lines = (run.path / "report.md").read_text().splitlines()
+    assert lines[2] == f"**{made.verdict.headline}**"
+    assert all(line in "\n".join(lines) for line in verdict_lines(made.verdict))
+
+
+def test_the_page_is_one_file(written):
+    page = (written[1].path / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=['\"](?!data:)", page)
+    images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(images) == len(written[0].plots)
+    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    assert page.index("class='verdict deploy'") < page.index("<figure")
+
+
+def test_what_models_write_cannot_become_markup(written):
+    page = (written[1].path / "report.html").read_text()
+    assert "<b>" not in page and "ships &lt;b&gt;&amp;amp; boats" in page
+
+
+def test_every_source_of_the_shown_answers_is_in_the_legend(written):
+    page = (written[1].path / "report.html").read_text()
+    keys = re.findall(r"class='key'[^>]*>([^<]+)<", page)
+    assert keys == ["chosen by the target itself", "drafted by drafter, accepted"]
+
+
+def test_json_reads_back_with_its_plots(written):
+    made, run = written
+    assert read_report(run.path) == made
+    assert all((run.path / path).stat().st_size > 5000 for path in made.plots.values())
+
+
+def test_every_method_stands_in_every_table(written):
+    text = (written[1].path / "report.md").read_text()
+    for row in written[0].methods:
+        assert text.count(f"`{row.method}`") >= 3
+
+
+def test_plots_without_data_are_left_out_and_old_ones_removed(tmp_path):
+    made, _ = synthetic.report(samplings=("greedy",), sweep=[], tau_history=[])
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "pareto.png").write_bytes(b"old")
+    drawn = plots.draw_all(made, tmp_path / "plots")
+    assert set(drawn) == {"speedup", "breakdown"}
+    assert not (tmp_path / "plots" / "pareto.png").exists()
+
+
+def shown_ticks(axis):
+    """Labels of the ticks within view: matplotlib keeps some beyond it."""
+    for ticks, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+        for tick in ticks.get_major_ticks():
+            if low <= tick.get_loc() <= high:
+                yield tick.label1
+
+
+def test_no_text_of_a_plot_leaves_the_picture_or_covers_another():
+    from matplotlib import pyplot
+
+    made, _ = synthetic.report()
+    for name, draw in plots.PLOTS.items():
+        with pyplot.rc_context(plots._STYLE):
+            figure = draw(made)
+            if figure is None:
+                continue
+            figure.canvas.draw()
+            boxes = [
+                label.get_window_extent()
+                for axis in figure.axes
+                for label in [*shown_ticks(axis), axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
+                if label.get_visible() and label.get_text()
+            ]
+            width, height = figure.get_size_inches() * figure.dpi
+            assert all(b.x0 >= -1 and b.y0 >= -1 and b.x1 <= width + 1 and b.y1 <= height + 1 for b in boxes), name
+            overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.shrunk(0.9, 0.9).overlaps(b)]
+            assert not overlaps, name
+            pyplot.close(figure)
