@@ -1,0 +1,34 @@
+# `make quickstart` and `make test` are all the set-up: each builds the virtual environment first.
+VENV ?= .venv
+PYTHON ?= python3
+RUN ?= runs/quickstart
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint format environment clean
+
+quickstart: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" recipes/quickstart.sh $(RUN)
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --durations=15
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+environment: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@start=$$(date +%s); \
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]' && \
+	echo "installed in $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
