@@ -60,6 +60,7 @@ class PretrainTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object) -> Tensor:
+        """The block's weighted loss, under bf16 autocast."""
         # the Trainer's own autocast wraps model.forward, which the loss goes around
         with torch.autocast(self.args.device.type, torch.bfloat16):
             return weighted_loss(model, **inputs)
@@ -72,6 +73,7 @@ class Probe(TrainerCallback):
         self.run, self.tokenizer, self.held_out, self.every = run, tokenizer, held_out, every
 
     def on_step_end(self, args, state, control, model=None, **_: object) -> None:
+        """Measure every `every` steps."""
         if state.global_step % self.every:
             return
         model.eval()
@@ -116,10 +118,9 @@ def pretrain(parsed: Parsed) -> None:
     settings = parsed.recipe.pretrain
     stages = _stages(settings.stages)
     if parsed.plan:
+        steps = sum(stage.steps for stage in stages)
         tokens = sum(stage.steps * stage.tokens for stage in stages)
-        print(
-            f"would train {sum(stage.steps for stage in stages)} steps, {tokens / 1e6:.1f}M tokens, into {folder.path}"
-        )
+        print(f"would train {steps} steps, {tokens / 1e6:.1f}M tokens, into {folder.path}")
         return
     if not (folder.path / "corpus" / "train.npy").is_file():
         raise UserError(f"{folder.path} holds no corpus; run data_prep/corpus.py with the same --run first.")
@@ -160,7 +161,9 @@ def train(run: Path, settings: PretrainConfig, stages: list[Stage]) -> tuple[Lla
     if settings.init_from:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(settings.init_from, dtype="float32").state_dict())
     _compile(model)
-    blocks = Blocks(stages, np.load(run / "corpus" / "train.npy"), tokenizer, model.config.max_position_embeddings)
+    blocks = Blocks(
+        stages, np.load(run / "corpus" / "train.npy"), tokenizer, model.config.max_position_embeddings, settings.seed
+    )
     optimizer = MuonAdamW(model, settings.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_stable_decay(step, settings.warmup_steps, settings.decay_steps, len(blocks))
