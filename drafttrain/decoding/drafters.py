@@ -135,6 +135,7 @@ class ModelDrafter:
         self._base: list[int] = []  # committed tokens of each row when the last proposal began
 
     def start(self, committed: Committed, setting: Setting, kept: Sequence[int] | None = None) -> None:
+        """Read the prompts, each but its last token."""
         self._setting = setting
         if kept is None or self.cache is None:
             self.cache = self.engine.new_cache(len(committed.tokens), setting.capacity + 1)
@@ -152,6 +153,7 @@ class ModelDrafter:
         random: Draws,
         target_view: object | None = None,
     ) -> Draft:
+        """Draft a chain behind committed ++ prefix."""
         self._base = committed.lengths
         texts = _extended(committed.tokens, prefix)
         starts = [len(text) for text in texts]
@@ -165,6 +167,7 @@ class ModelDrafter:
         )
 
     def score(self, committed: Committed, draft: Draft) -> Tensor:
+        """Logits for another's tokens; they are read into the cache and stay until the next commit."""
         self._base = committed.lengths
         tokens_BQ, counts = self._pending(committed.tokens)
         first = self.engine.forward(self.cache, tokens_BQ, counts, keep="last").logits
@@ -172,11 +175,13 @@ class ModelDrafter:
         return torch.cat([first, rest], dim=1)[..., : self._setting.vocabulary]
 
     def commit(self, agreed: Sequence[int]) -> None:
+        """Roll the cache back to what was accepted."""
         valid = [base + count for base, count in zip(self._base, agreed, strict=True)]
         self.cache.rollback([min(pair) for pair in zip(self.cache.lengths, valid, strict=True)])
         self._base = valid
 
     def keep(self, rows: Sequence[int]) -> None:
+        """Release all other rows."""
         self.cache.keep(rows)
         self._base = [self._base[row] for row in rows]
 

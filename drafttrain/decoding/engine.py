@@ -178,7 +178,7 @@ def _layer_windows(config: object) -> dict[str, int | None]:
 
 
 def _output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The output embedding with what some families do to logits afterwards: Gemma caps them, Cohere and Granite scale."""
+    """The output embedding, and what some families do to logits behind it: Gemma caps, Cohere and Granite scale."""
     head = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
     scale = getattr(model.config, "logit_scale", None) or 1.0

@@ -129,8 +129,8 @@ class Decoder:
                 raise UserError(f"max_new_tokens is {limit} for prompt {index}; it must be at least 1")
             if most is not None and len(prompt) + limit > most:
                 raise UserError(
-                    f"prompt {index} has {len(prompt)} tokens, which with {limit} new ones exceeds the {most} positions "
-                    "of the models; shorten the prompt or lower max_new_tokens"
+                    f"prompt {index} has {len(prompt)} tokens, which with {limit} new ones exceeds the {most} "
+                    "positions of the models; shorten the prompt or lower max_new_tokens"
                 )
 
     def _start(self, committed: Committed, rows: list[_Row], resume: bool) -> None:
@@ -208,7 +208,7 @@ class Decoder:
         read = [length - draft.width - 1 for length in self._cache.lengths]  # before the round's forward
         emitted: list[list[int]] = []
         agreed: list[int] = []
-        for place, (row, (accepted, drafted, *rest)) in enumerate(zip(rows, reply, strict=True)):
+        for place, (row, (accepted, _, *rest)) in enumerate(zip(rows, reply, strict=True)):
             tokens = self._cut(rest[len(names) :][: accepted + 1])
             emitted.append(tokens)
             agreed.append(min(accepted, len(tokens)))
@@ -268,7 +268,7 @@ def surviving_order(alive: Sequence[bool]) -> list[int]:
 class Conversation:
     """A chat whose next turn reads only what is new, in the target and in the drafter.
 
-    The decoder may be used for other things in between: what the caches hold is compared with the prompt, token by token.
+    The decoder may be used for other things in between: what the caches hold is compared with the prompt.
 
     Args:
         decoder: decodes the turns.

@@ -1,7 +1,7 @@
 """When to stop drafting. A rule decides only whether to draw ANOTHER token; a token once drawn is verified.
 
-All rules are siblings: they look at what the drafter just did and say, per row, whether to stop. None of them can change
-the emitted distribution, since none can drop a drawn token. Conventions shared with the replay of traces:
+All rules are siblings: they look at what the drafter just did and say, per row, whether to stop. None of them can
+change the emitted distribution, since none can drop a drawn token. Conventions shared with the replay of traces:
 
 * steps count from 1; the rule is asked after Y_k has been drawn and answers whether drafting ends with Y_k;
 * it is not listened to before ``min_length``, and drafting ends at ``max_length`` or at the row's budget anyway;
@@ -104,6 +104,7 @@ class FixedLength(_Rule):
         super().__init__(length, length)
 
     def stop(self, step: Step) -> Tensor | None:
+        """Never asked."""
         return None
 
 
@@ -138,6 +139,7 @@ class Confidence(_Product):
         self.per_token = per_token
 
     def stop(self, step: Step) -> Tensor | None:
+        """Too little confidence in the block, or in its last token."""
         q_B = step.log_q_B.exp()
         return 1 - q_B > self.threshold if self.per_token else self._exceeds(q_B)
 
@@ -154,6 +156,7 @@ class EntropyBound(_Rule):
         self.bound = bound
 
     def stop(self, step: Step) -> Tensor | None:
+        """The drafter was too uncertain."""
         return step.entropy_B > self.bound
 
 
@@ -187,10 +190,12 @@ class AcceptanceHeadRule(_Product):
         self._previous: Step | None = None
 
     def begin(self, rows: int) -> None:
+        """Forget the last block's product and step."""
         super().begin(rows)
         self._previous = None
 
     def stop(self, step: Step) -> Tensor | None:
+        """Score the token that this step's hidden state belongs to."""
         scored = step if self.head.state == "producing" else self._previous
         self._previous = step
         if scored is None:
@@ -217,9 +222,11 @@ class Oracle(_Rule):
         self.matches = matches
 
     def limits(self, sample_ids: Sequence[int], starts: Sequence[int]) -> list[int]:
+        """The length of the run of matches that begins at each start."""
         return [self._run(self.matches[sample], start) for sample, start in zip(sample_ids, starts, strict=True)]
 
     def stop(self, step: Step) -> Tensor | None:
+        """Never asked."""
         return None
 
     def _run(self, matches: Sequence[bool], start: int) -> int:

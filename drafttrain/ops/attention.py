@@ -53,9 +53,8 @@ def prepare_mask(
     if span.width > 1 and groups > 1 and (softcap or groups * span.width <= FOLD_ROWS):
         positions_BQ = positions_BQ.repeat(1, groups)
     visible_BQS = cache.visible(positions_BQ, window if windowed else None)
-    return torch.zeros(visible_BQS.shape, dtype=dtype, device=visible_BQS.device).masked_fill_(
-        ~visible_BQS, -torch.inf
-    ).unsqueeze(1)
+    mask_BQS = torch.zeros(visible_BQS.shape, dtype=dtype, device=visible_BQS.device)
+    return mask_BQS.masked_fill_(~visible_BQS, -torch.inf).unsqueeze(1)
 
 
 def attention(

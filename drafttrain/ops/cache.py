@@ -59,7 +59,7 @@ class DenseLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(rows, value_states.shape[1], slots, value_states.shape[3])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kw: object) -> tuple[Tensor, Tensor]:
         """Write [B, N, Q, D] into the span and return all readable slots [B, N, bound, D] as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -99,12 +99,15 @@ class DenseLayer(CacheLayerMixin):
                 storage[row, :, : len(slots)] = storage[row].index_select(1, slots.to(storage.device))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Readable slots and their offset."""
         return self._cache.span.bound, 0
 
     def get_seq_length(self) -> int:
+        """Tokens in the longest row."""
         return max(self._cache.lengths, default=0)
 
     def get_max_length(self) -> int:
+        """No maximum: the storage grows."""
         return -1
 
 
