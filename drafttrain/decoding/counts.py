@@ -18,6 +18,8 @@ class Counts:
         accepted: proposed tokens that were emitted.
         discarded: proposed tokens that were not.
         drafted_at: rounds that proposed a token at each place of the block.
+        reached_at: of those, rounds that emitted every token before it, so that this one was judged; an end token ends
+            the judging. accepted_at / reached_at is the conditional acceptance.
         accepted_at: rounds whose token at each place was emitted.
         prefill_seconds: reading the prompt, both models; a row's share of its batch.
         decode_seconds: all rounds; a row's share of its batch.
@@ -31,6 +33,7 @@ class Counts:
     accepted: int = 0
     discarded: int = 0
     drafted_at: list[int] = field(default_factory=list)
+    reached_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -67,9 +70,12 @@ class Counts:
         missing = drafted - len(self.drafted_at)
         if missing > 0:
             self.drafted_at.extend([0] * missing)
+            self.reached_at.extend([0] * missing)
             self.accepted_at.extend([0] * missing)
         for place in range(drafted):
             self.drafted_at[place] += 1
+        for place in range(min(drafted, emitted)):
+            self.reached_at[place] += 1
         for place in range(accepted):
             self.accepted_at[place] += 1
 
@@ -84,6 +90,7 @@ class Counts:
             accepted=self.accepted + other.accepted,
             discarded=self.discarded + other.discarded,
             drafted_at=_sum(self.drafted_at, other.drafted_at),
+            reached_at=_sum(self.reached_at, other.reached_at),
             accepted_at=_sum(self.accepted_at, other.accepted_at),
             prefill_seconds=self.prefill_seconds + other.prefill_seconds,
             decode_seconds=self.decode_seconds + other.decode_seconds,
