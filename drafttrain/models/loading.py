@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from drafttrain.config import TargetConfig, nearest
@@ -18,6 +19,9 @@ from drafttrain.distributed import local_rank
 from drafttrain.errors import UserError
 from drafttrain.models.checkpoint import restore_interrupted
 from drafttrain.models.fingerprint import Fingerprint, fingerprint, tokenizer_hash
+
+HTTPError = HfHubHTTPError.__bases__[0]
+"""What the hub's HTTP client raises when a connection fails; the client differs between versions of huggingface_hub."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -207,7 +211,6 @@ class _told:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
-        import httpx  # the client that huggingface_hub downloads with
         from safetensors import SafetensorError
 
         if isinstance(error, OSError) and error.errno in _MENDABLE:
@@ -221,7 +224,7 @@ class _told:
             raise UserError(f"{self.path} needs a library that is not installed: {_one_line(error)}.") from None
         if isinstance(error, OSError | ValueError | RuntimeError | KeyError) and local:
             raise UserError(f"{self.path} cannot be loaded: {_one_line(error)}.") from error
-        if isinstance(error, OSError | ValueError | httpx.HTTPError):
+        if isinstance(error, ValueError | OSError | HTTPError):
             raise UserError(
                 f"{self.path} is no folder here and could not be got from the hub ({_one_line(error)}); check the name "
                 "and the network and run again, what was downloaded is kept."
