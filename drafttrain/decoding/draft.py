@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ class Committed:
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [len(row) for row in self.tokens]
+
+    def shared_with(self, other: Committed | None) -> list[int] | None:
+        """How many leading tokens of each row, short of its last, another text repeats.
+
+        None where nothing can be reused: no other text, or not exactly one row in each.
+        """
+        if other is None or len(self.tokens) != 1 or len(other.tokens) != 1:
+            return None
+        last = len(self.tokens[0]) - 1
+        pairs = zip(self.tokens[0][:last], other.tokens[0], strict=False)
+        most = min(last, len(other.tokens[0]))
+        return [next((place for place, (new, old) in enumerate(pairs) if new != old), most)]
 
 
 @dataclass
@@ -65,6 +77,17 @@ class Draft:
     def label(self, row: int, column: int) -> str:
         """Who proposed a token."""
         return self.source if isinstance(self.source, str) else self.source[row][column]
+
+    def to(self, device: torch.device) -> Draft:
+        """The same draft on another device."""
+        if self.tokens_BK.device == device:
+            return self
+        moved = {
+            name: value.to(device)
+            for name in ("tokens_BK", "length_B", "probs_BKV", "sampled_BK")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved, forwards={name: count.to(device) for name, count in self.forwards.items()})
 
     @staticmethod
     def empty(rows: int, device: torch.device) -> Draft:

@@ -18,6 +18,7 @@ from torch import Tensor
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.engine import Engine, pad
 from drafttrain.decoding.stopping import FixedLength, Step, StoppingRule
+from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws, sample
 from drafttrain.ops.sampling import Sampling, log_probability_and_entropy, seen_along
@@ -51,14 +52,16 @@ class Drafter(Protocol):
     name: str
     max_length: int
 
-    def start(self, committed: Committed, setting: Setting, kept: Sequence[int] | None = None) -> None:
+    def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
         """Take up a batch.
 
         Args:
-            committed: the prompts.
+            committed: the prompts; the object grows with the text and is handed to every `propose`.
             setting: of the run.
-            kept: leading tokens of each row that are the same as in the batch before, which has the same rows; None
-                forgets everything.
+            resume: keep what was read before, where the prompts repeat it.
+
+        Raises:
+            UserError: the run is longer than the drafter can be.
         """
         ...
 
@@ -132,12 +135,21 @@ class ModelDrafter:
         self.max_length = stop.max_length if length is None else min(length, stop.max_length)
         self.cache: DenseCache | None = None
         self._setting: Setting | None = None
+        self._committed: Committed | None = None
         self._base: list[int] = []  # committed tokens of each row when the last proposal began
 
-    def start(self, committed: Committed, setting: Setting, kept: Sequence[int] | None = None) -> None:
+    def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
         """Read the prompts, each but its last token."""
+        most = self.engine.max_positions
+        if most is not None and setting.capacity > most:
+            raise UserError(
+                f"a sequence of up to {setting.capacity} tokens exceeds the {most} positions of {self.name}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        kept = committed.shared_with(self._committed) if resume else None
         self._setting = setting
-        if kept is None or self.cache is None:
+        self._committed = committed
+        if kept is None:
             self.cache = self.engine.new_cache(len(committed.tokens), setting.capacity + 1)
         else:
             self.cache.rollback([min(length, keep) for length, keep in zip(self.cache.lengths, kept, strict=True)])
@@ -163,7 +175,7 @@ class ModelDrafter:
         if width <= 0:
             return Draft.empty(len(texts), self.engine.device)
         return _Round(self, committed, prefix, [min(limit, width) for limit in limits], width).run(
-            *self._pending(texts), random.at("draft", starts, width)
+            *self._pending(texts), random.at("draft", starts, width).to(self.engine.device)
         )
 
     def score(self, committed: Committed, draft: Draft) -> Tensor:
@@ -210,7 +222,9 @@ class _Round:
         self.eos_ids = drafter._setting.eos_ids
         self.limits = limits
         self.width = width
-        self.seen_BV = _seen_with(committed, prefix) if self.sampling.penalised else None
+        self.seen_BV = None
+        if self.sampling.penalised:
+            self.seen_BV = _seen_with(committed, prefix).to(self.engine.device)
 
     def run(self, tokens_BQ: Tensor, counts: list[int] | None, u_BK: Tensor) -> Draft:
         """Draft up to ``width`` tokens behind the pending ones."""

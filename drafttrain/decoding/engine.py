@@ -55,6 +55,7 @@ class Engine:
         self.layers: int = config.num_hidden_layers
         self.groups: int = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
         self.softcap = getattr(config, "attn_logit_softcapping", None) is not None
+        self._embedding = model.get_input_embeddings()
         rows = model.get_output_embeddings().weight.shape[0]
         self.vocabulary = rows if vocabulary is None else vocabulary
         if not 0 < self.vocabulary <= rows:
@@ -65,12 +66,12 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where tokens enter the model."""
-        return self.model.get_input_embeddings().weight.device
+        return self._embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's activations."""
-        return self.model.dtype
+        return self._embedding.weight.dtype
 
     @property
     def max_positions(self) -> int | None:
@@ -121,7 +122,8 @@ class Engine:
             return Output(None, hidden_BQH)
         if keep == "last" and tokens_BQ.shape[1] > 1:
             hidden_BQH = _last_real(hidden_BQH, counts)
-        return Output(self.logits(hidden_BQH), hidden_BQH)
+        device = tokens_BQ.device  # the last layers of a model spread over devices lie elsewhere
+        return Output(self.logits(hidden_BQH).to(device), hidden_BQH.to(device))
 
     def logits(self, hidden_BKH: Tensor) -> Tensor:
         """The output head over hidden states: [B, K, V] without padding rows."""

@@ -68,7 +68,7 @@ class Decoder:
         self.eos_ids = frozenset(eos_ids)
         self.seed = seed
         self._cache: DenseCache | None = None
-        self._text: list[int] | None = None  # what a single row's caches last held, for the next turn
+        self._committed: Committed | None = None  # the text of the last call, for the next turn of a chat
 
     @torch.inference_mode()
     def generate(
@@ -90,7 +90,7 @@ class Decoder:
             one completion a prompt, in order.
 
         Raises:
-            UserError: an empty prompt, a limit below 1, or more tokens than the models' positions.
+            UserError: an empty prompt, a limit below 1, or more tokens than a model has positions.
         """
         prompts = [list(prompt) for prompt in prompts]
         if not prompts:
@@ -119,9 +119,7 @@ class Decoder:
     def _check(self, prompts: list[list[int]], limits: list[int], ids: list[int]) -> None:
         if len(limits) != len(prompts) or len(ids) != len(prompts):
             raise ValueError("max_new_tokens and sample_ids must have one entry a prompt")
-        positions = [self.target.max_positions]
-        positions.append(getattr(getattr(self.drafter, "engine", None), "max_positions", None))
-        most = min((limit for limit in positions if limit is not None), default=None)
+        most = self.target.max_positions
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             if not prompt:
                 raise UserError(f"prompt {index} is empty; a prompt needs at least one token (a start token will do)")
@@ -130,7 +128,7 @@ class Decoder:
             if most is not None and len(prompt) + limit > most:
                 raise UserError(
                     f"prompt {index} has {len(prompt)} tokens, which with {limit} new ones exceeds the {most} "
-                    "positions of the models; shorten the prompt or lower max_new_tokens"
+                    "positions of the target; shorten the prompt or lower max_new_tokens"
                 )
 
     def _start(self, committed: Committed, rows: list[_Row], resume: bool) -> None:
@@ -142,7 +140,7 @@ class Decoder:
             self.target.vocabulary,
             max(len(prompt) + row.limit for prompt, row in zip(committed.tokens, rows, strict=True)),
         )
-        kept = self._kept(committed.tokens) if resume else None
+        kept = committed.shared_with(self._committed) if resume else None
         if kept is None:
             width = 1 + (self.drafter.max_length if self.drafter else 0)
             self._cache = self.target.new_cache(len(rows), setting.capacity + width)
@@ -151,23 +149,15 @@ class Decoder:
         unread = zip(committed.tokens, self._cache.lengths, strict=True)
         self.target.read(self._cache, [tokens[length:-1] for tokens, length in unread])
         if self.drafter:
-            self.drafter.start(committed, setting, kept)
+            self.drafter.start(committed, setting, resume)
         if self.sampling.penalised:
             committed.seen_BV = seen_tokens(committed.tokens, self.target.vocabulary, self.target.device)
-        self._text = committed.tokens[0] if len(rows) == 1 else None
+        self._committed = committed
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         seconds = (time.perf_counter() - started) / len(rows)
         for row in rows:
             row.counts.prefill_seconds = seconds
-
-    def _kept(self, prompts: list[list[int]]) -> list[int] | None:
-        """How many leading tokens the caches may keep from the previous call."""
-        if self._text is None or len(prompts) != 1:
-            return None
-        last = len(prompts[0]) - 1
-        pairs = zip(self._text, prompts[0][:last], strict=False)
-        return [next((place for place, (old, new) in enumerate(pairs) if old != new), min(last, len(self._text)))]
 
     # ---- a round ----
 
@@ -180,7 +170,7 @@ class Decoder:
         budget = [row.limit - len(row.tokens) - 1 for row in rows]
         draft = None
         if self.drafter and max(budget) > 0:
-            draft = self.drafter.propose(committed, None, budget, draws)
+            draft = self.drafter.propose(committed, None, budget, draws).to(self.target.device)
         last_B1 = torch.tensor([tokens[-1:] for tokens in committed.tokens], device=self.target.device)
         if draft is None:
             draft = Draft.empty(len(rows), last_B1.device)

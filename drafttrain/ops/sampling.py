@@ -77,7 +77,8 @@ class Sampling:
 
         Args:
             logits_BKV: any float dtype; computed in float32, or float64 where the logits are.
-            seen_BKV: bool, which tokens occurred before each position; needed with a repetition penalty only.
+            seen_BKV: bool, which tokens occurred before each position; needed with a repetition penalty only. It may
+                cover a larger vocabulary than the logits.
 
         Returns:
             probabilities [..., V], float32 or float64; one-hot when greedy.
@@ -108,7 +109,7 @@ class Sampling:
         wide_BKV = logits_BKV.to(_wide(logits_BKV))
         penalty = self.repetition_penalty
         penalised_BKV = torch.where(wide_BKV > 0, wide_BKV / penalty, wide_BKV * penalty)
-        return torch.where(seen_BKV, penalised_BKV, wide_BKV)
+        return torch.where(seen_BKV[..., : wide_BKV.shape[-1]], penalised_BKV, wide_BKV)
 
 
 def log_probability_and_entropy(probs_BV: Tensor, tokens_B: Tensor) -> tuple[Tensor, Tensor]:
