@@ -324,8 +324,8 @@ def test_every_field_of_every_section_has_its_help():
 
 def test_reading_a_recipe_does_not_wait_for_torch():
     code = (
-        "import sys; from drafttrain.config import parse; import drafttrain.cli, drafttrain.run_folder, drafttrain.distributed;"
-        "parse('', [], ['--run', 'r']); sys.exit('torch' in sys.modules)"
+        "import sys; from drafttrain.config import parse; import drafttrain.cli, drafttrain.run_folder\n"
+        "import drafttrain.distributed; parse('', [], ['--run', 'r']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 

@@ -6,6 +6,7 @@ Safetensors only: no pickle is ever opened. A model's own Python code runs only 
 from __future__ import annotations
 
 import errno
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,9 +197,14 @@ def quantization_config(settings: dict[str, Any]) -> Any:
             f"target.quantization.quant_method is {method}; did you mean {guess}? Known: {', '.join(known)}."
         )
     try:
-        return AutoQuantizationConfig.from_dict(settings)
+        config = AutoQuantizationConfig.from_dict(settings)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"target.quantization ({method}) cannot be used: {_one_line(error)}.") from None
+    accepted = list(inspect.signature(type(config).__init__).parameters)
+    for name in settings:  # most of these classes swallow what they do not know
+        if name not in accepted and not hasattr(config, name):
+            raise UserError(f"target.quantization: {method} has no {name}; did you mean {nearest(name, accepted)}?")
+    return config
 
 
 class _told:
@@ -220,6 +226,10 @@ class _told:
             raise UserError(
                 f"the weights in {self.path} are damaged or truncated ({_one_line(error)}); copy them again."
             )
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise UserError(
+                f"{self.path} brings Python code of its own; read it, then pass --target.trust_remote_code true."
+            ) from None
         if isinstance(error, ImportError):
             raise UserError(f"{self.path} needs a library that is not installed: {_one_line(error)}.") from None
         if isinstance(error, OSError | ValueError | RuntimeError | KeyError) and local:
