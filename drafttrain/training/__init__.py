@@ -1,0 +1,1 @@
+"""Losses, data and trainers of what this toolkit trains."""

@@ -39,7 +39,8 @@ class LogitShape:
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
-    def __call__(self, logits_NV: Tensor) -> Tensor:
+    def apply(self, logits_NV: Tensor) -> Tensor:
+        """Logits as the model gives them, from the bare product."""
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
@@ -48,7 +49,7 @@ class LogitShape:
 
     def log_probs(self, logits_NV: Tensor, temperature: float) -> Tensor:
         """log softmax(shape(logits) / temperature)."""
-        shaped_NV = self(logits_NV)
+        shaped_NV = self.apply(logits_NV)
         return (shaped_NV if temperature == 1.0 else shaped_NV / temperature).log_softmax(-1)
 
 
@@ -83,6 +84,8 @@ class Lesson:
         labels_N: recorded next tokens, -100 where the drafter wrote them itself.
         weights_N: weights of the tokens in the sum.
         loss: the loss, see `losses.mixed`.
+        vocabulary: leading rows of both heads that stand for text; the rest is padding, of which families have
+            different amounts. None takes all that both have.
         temperature: divides both models' logits.
         chunk_tokens: tokens whose logits exist at one time.
     """
@@ -93,6 +96,7 @@ class Lesson:
     labels_N: Tensor
     weights_N: Tensor
     loss: Loss
+    vocabulary: int | None = None
     temperature: float = 1.0
     chunk_tokens: int = 256
 
@@ -108,7 +112,7 @@ class _ChunkedDistillation(torch.autograd.Function):
     def forward(
         ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, shape: LogitShape, lesson: Lesson, grad: bool
     ) -> tuple[Tensor, Tensor]:
-        vocabulary = min(len(weight_VH), len(lesson.head.weight_VH))
+        vocabulary = lesson.vocabulary or min(len(weight_VH), len(lesson.head.weight_VH))
         dtype = _compute_dtype(hidden_NH, weight_VH)
         q_head = OutputHead(weight_VH, bias_V, shape).rows(vocabulary, dtype)
         p_head = lesson.head.rows(vocabulary)
@@ -122,7 +126,9 @@ class _ChunkedDistillation(torch.autograd.Function):
                 hidden_nH = hidden_NH[rows].to(dtype)
                 sums += _chunk(hidden_nH, q_head, p_head, lesson, rows, grads)
         ctx.grads = grads
-        return sums[0], sums[1]
+        loss, acceptance = sums.unbind()
+        ctx.mark_non_differentiable(acceptance)
+        return loss, acceptance
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, grad_acceptance: Tensor):
@@ -274,7 +280,7 @@ def check_head(model: PreTrainedModel) -> None:
     expected_TV = model(input_ids=ids_BT, use_cache=False).logits[0].double()
     head = output_head(model)
     hidden_TH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0]
-    logits_TV = head.shape(head.raw(hidden_TH.to(head.weight_VH.dtype))).double()
+    logits_TV = head.shape.apply(head.raw(hidden_TH.to(head.weight_VH.dtype))).double()
     unit = torch.finfo(head.weight_VH.dtype).eps
     if not torch.allclose(logits_TV, expected_TV, rtol=16 * unit, atol=64 * unit * float(expected_TV.abs().max())):
         raise UserError(

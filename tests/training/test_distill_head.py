@@ -74,14 +74,14 @@ class Case:
     def chunked(self, loss, chunk_tokens, temperature=1.0):
         selected = torch.ones(1, len(self.labels), dtype=torch.bool)
         lesson = Lesson(
-            selected, self.target_hidden, self.head, self.labels, self.weights, loss, temperature, chunk_tokens
+            selected, self.target_hidden, self.head, self.labels, self.weights, loss, None, temperature, chunk_tokens
         )
         return DistillHead(self.linear, self.shape)(self.hidden, lesson)
 
     def naive(self, loss, temperature=1.0):
         rows = slice(self.vocabulary)
-        log_p = (self.shape(self.head.raw(self.target_hidden))[:, rows] / temperature).log_softmax(-1)
-        log_q = (self.shape(self.linear(self.hidden))[:, rows] / temperature).log_softmax(-1)
+        log_p = (self.shape.apply(self.head.raw(self.target_hidden))[:, rows] / temperature).log_softmax(-1)
+        log_q = (self.shape.apply(self.linear(self.hidden))[:, rows] / temperature).log_softmax(-1)
         value = (loss(log_p, log_q, self.labels) * self.weights).sum()
         return value, (expected_acceptance(log_p, log_q) * self.weights).sum()
 

@@ -107,7 +107,7 @@ def test_a_mix_is_the_weighted_sum():
     [{}, {"forward_kl": 0.0}, {"forward_kl": -1.0}, {"kl": 1.0}, {"forward_kl(0.5)": 1.0}, {"jensen_shannon(1)": 1.0}],
 )
 def test_an_impossible_mix_is_refused_in_one_sentence(weights):
-    with pytest.raises(UserError, match="training.losses"):
+    with pytest.raises(UserError, match="losses"):
         mixed(weights)
 
 
