@@ -41,6 +41,13 @@ def explain_os_error(error: OSError) -> str | None:
     return f"{where}{advice}."
 
 
+_FULL_DISK_SIGNS = (
+    "No space left on device",  # safetensors, and whoever quotes the system
+    "PytorchStreamWriter failed writing",  # torch.save
+    "iostream error",  # torch.save, in the error behind "unexpected pos"
+)
+
+
 def explain(error: BaseException) -> str | None:
     """The sentence for anything that a person can mend, None for a bug."""
     if isinstance(error, UserError):
@@ -58,7 +65,7 @@ def _is_full_disk(error: BaseException | None) -> bool:
     """Whether a library (safetensors, torch) met a full disk and wrapped it in an error of its own."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(
-            sign in str(error) for sign in ("No space left on device", "StorageFull", "os error 28")
+            sign in str(error) for sign in _FULL_DISK_SIGNS
         ):
             return True
         error = error.__cause__ or error.__context__

@@ -47,6 +47,15 @@ def test_a_really_full_disk_is_a_sentence(capsys):
     assert code == 2 and "disk is full" in told
 
 
+def test_torch_that_cannot_write_its_file_is_a_full_disk(capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    import torch
+
+    code, told = outcome(capsys, lambda: torch.save({"x": torch.zeros(100_000)}, "/dev/full"))
+    assert code == 2 and "disk is full" in told
+
+
 def test_a_full_disk_wrapped_by_a_library_is_still_recognised(capsys):
     def main():
         try:
