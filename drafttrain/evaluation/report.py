@@ -5,7 +5,6 @@ The verdict stands first in all of them. Nothing is computed here: what a table 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from drafttrain.evaluation import plots
@@ -20,6 +19,7 @@ from drafttrain.evaluation.tables import (
     left_out,
     method_cells,
     method_notes,
+    table,
     task_cells,
 )
 from drafttrain.evaluation.verdict import verdict_lines
@@ -62,12 +62,6 @@ def markdown(report: Report) -> str:
     parts += _plot_links(report)
     parts += ["", "## How it was measured", "", *[f"- {line}" for line in method_notes(report)], ""]
     return "\n".join(parts)
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A markdown table, numbers to the right."""
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return lines + [f"| {' | '.join(cells)} |" for cells in rows]
 
 
 def _plot_links(report: Report) -> list[str]:

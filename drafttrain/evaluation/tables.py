@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from drafttrain.evaluation.schema import ALL, Exactness, Figures, MethodResult, Report
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table, numbers to the right."""
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return lines + [f"| {' | '.join(cells)} |" for cells in rows]
+
 
 BUSY = 0.7
 """Run queue per core at the start from which the report says that the machine was busy."""

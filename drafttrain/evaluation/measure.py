@@ -1,0 +1,93 @@
+"""Costs from instrumented runs: c of a draft step, v(w) of a target forward of width w, o of the rest of a round.
+
+All are in units of one autoregressive step as decoded, its loop included: then the predicted speed-up is a ratio of
+decoding rates, as the measured one is. c includes drawing the token and asking the stopping rule.
+
+The slowest rounds of each width are left out: on a shared machine a round now and then waits for somebody else, which
+says nothing of the method. What is left out is the same share for every method, the baseline among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from drafttrain.evaluation.runner import Round, Timings
+from drafttrain.evaluation.schema import Breakdown, Costs
+
+SLOWEST = 0.05
+"""Share of the rounds of a width that is left out."""
+
+
+def step_seconds(baseline: Timings) -> float:
+    """One autoregressive step, loop included: the unit of all costs."""
+    return float(np.mean([each.total for each in typical(baseline.rounds)]))
+
+
+def costs_of(method: Timings, baseline: Timings, verify: Sequence[float]) -> Costs:
+    """Costs of a kind of drafting.
+
+    Args:
+        method: instrumented runs of it.
+        baseline: instrumented autoregressive runs.
+        verify: v(1), v(2), ... as `verify_costs` gives them.
+    """
+    unit = step_seconds(baseline)
+    rounds = [each for each in typical(method.rounds) if each.steps]
+    steps = sum(each.steps for each in rounds)
+    names = list(method.counts.draft_forwards)
+    c = {name: sum(each.draft for each in rounds) / steps / unit for name in names[:1]} if steps else {}
+    o = float(np.mean([each.loop for each in rounds])) / unit if rounds else 0.0
+    return Costs(unit, c, list(verify), o)
+
+
+def verify_costs(timings: Iterable[Timings], baseline: Timings, widths: int) -> list[float]:
+    """v(1) .. v(widths), widths that did not occur by straight lines between those that did.
+
+    Beyond the widest one seen the last slope goes on. v(1) is the autoregressive forward.
+    """
+    unit = step_seconds(baseline)
+    seen: dict[int, list[Round]] = {}
+    for each in [each for one in timings for each in one.rounds] + baseline.rounds:
+        seen.setdefault(each.width, []).append(each)
+    known = sorted(seen)
+    means = [float(np.mean([each.verify for each in typical(seen[width])])) / unit for width in known]
+    found = np.interp(np.arange(1, widths + 1), known, means)
+    if len(known) > 1 and known[-1] < widths:
+        slope = max(0.0, (means[-1] - means[0]) / (known[-1] - known[0]))
+        beyond = np.arange(known[-1] + 1, widths + 1)
+        found[known[-1] :] = means[-1] + slope * (beyond - known[-1])
+    return [float(value) for value in found]
+
+
+def breakdown(timings: Timings) -> Breakdown:
+    """Seconds per emitted token, every round counted."""
+    tokens = timings.counts.tokens
+    return Breakdown(
+        sum(each.draft for each in timings.rounds) / tokens,
+        sum(each.verify for each in timings.rounds) / tokens,
+        sum(each.loop for each in timings.rounds) / tokens,
+    )
+
+
+def typical(rounds: Sequence[Round]) -> list[Round]:
+    """The rounds without the slowest of each width."""
+    by_width: dict[int, list[Round]] = {}
+    for each in rounds:
+        by_width.setdefault(each.width, []).append(each)
+    kept = []
+    for group in by_width.values():
+        group.sort(key=lambda each: each.total)
+        kept += group[: max(1, round((1 - SLOWEST) * len(group)))]
+    return kept
+
+
+def merged(parts: Mapping[str, Timings]) -> Timings:
+    """Timings of several methods together."""
+    whole = Timings()
+    for part in parts.values():
+        whole.rounds += part.rounds
+        whole.counts += part.counts
+        whole.kv_bytes = max(whole.kv_bytes, part.kv_bytes)
+    return whole

@@ -1,0 +1,205 @@
+"""The models of a run as the decoder wants them: engines by dtype, members by the names that expressions use."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafttrain.config import Parsed, Recipe
+from drafttrain.decoding.drafters import Drafter
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.expression import build, parse_method
+from drafttrain.decoding.loop import Decoder
+from drafttrain.dialogue import end_tokens
+from drafttrain.errors import UserError
+from drafttrain.evaluation.environment import fast_dtype, free_bytes
+from drafttrain.evaluation.schema import Pair
+from drafttrain.models.acceptance_head import AcceptanceHead
+from drafttrain.models.checkpoint import INFO, read_info
+from drafttrain.models.loading import (
+    DTYPES,
+    Loaded,
+    check_same_tokenizer,
+    default_device,
+    load_drafter,
+    load_target,
+    shared_vocabulary,
+)
+from drafttrain.ops.sampling import Sampling
+from drafttrain.run_folder import RunFolder
+
+
+@dataclass
+class Models:
+    """A target, a drafter of its, maybe a head, and the engines made of them so far.
+
+    Attributes:
+        target, drafter: as loaded, in the dtype that speed is measured in.
+        head: the acceptance head, if there is one.
+        head_path: where it came from.
+        ends: tokens that end an answer.
+        dtype: name of the dtype of both models.
+    """
+
+    target: Loaded
+    drafter: Loaded
+    head: AcceptanceHead | None
+    head_path: str | None
+    ends: frozenset[int]
+    dtype: str
+    _engines: dict[str, tuple[Engine, Engine]] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The pair's."""
+        return self.target.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that both models and the tokenizer know."""
+        entries = 1 + max(self.tokenizer.get_vocab().values())
+        return min(entries, shared_vocabulary(self.target.model, self.drafter.model))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target reads its tokens."""
+        return self.target.model.get_input_embeddings().weight.device
+
+    @property
+    def context(self) -> int:
+        """Tokens that the target can read and write together; with none stated, as good as no limit."""
+        return self.engines()[0].max_positions or 1 << 30
+
+    def engines(self, dtype: str | None = None) -> tuple[Engine, Engine]:
+        """Engines of target and drafter; in another dtype than the models' they are made of copies.
+
+        Raises:
+            UserError: there is no memory for the copies, or the models are quantized.
+        """
+        dtype = dtype or self.dtype
+        if dtype not in self._engines:
+            models = [loaded.model for loaded in (self.target, self.drafter)]
+            if dtype != self.dtype:
+                models = [_in_dtype(model, dtype, self.device) for model in models]
+            self._engines[dtype] = tuple(Engine(model, self.vocabulary) for model in models)
+        return self._engines[dtype]
+
+    def release(self, dtype: str) -> None:
+        """Forget the engines of a dtype that was only needed for a check."""
+        if dtype != self.dtype:
+            self._engines.pop(dtype, None)
+
+    def members(self, dtype: str | None = None) -> dict[str, Any]:
+        """What the names in a method expression stand for."""
+        members: dict[str, Any] = {"drafter": self.engines(dtype)[1]}
+        return members | ({"head": self.head} if self.head is not None else {})
+
+    def decoder(self, method: str, sampling: Sampling, seed: int, dtype: str | None = None) -> Decoder:
+        """A decoder for a method.
+
+        Raises:
+            UserError: the method is malformed or names a member that this run does not have.
+        """
+        drafter: Drafter | None = build(method, self.members(dtype))
+        return Decoder(self.engines(dtype)[0], drafter, sampling, self.ends, seed)
+
+    def canonical(self, method: str) -> str:
+        """A method as reports write it. Raises as `decoder`."""
+        build(method, self.members())
+        return str(parse_method(method))
+
+    def describe(self, accepted_new_target: bool) -> Pair:
+        """The pair's part of a report."""
+        return Pair(
+            self.target.path,
+            self.target.fingerprint.to_dict(),
+            self.drafter.path,
+            self.drafter.fingerprint.to_dict(),
+            self.head_path,
+            accepted_new_target,
+            _parameters(self.target.model),
+            _parameters(self.drafter.model),
+        )
+
+
+def load_models(parsed: Parsed) -> Models:
+    """Load the pair of a recipe and check that the parts belong together.
+
+    Raises:
+        UserError: something is missing or damaged, tokenizers differ, or drafter or head were made for another target.
+    """
+    recipe, run = parsed.recipe, RunFolder(parsed.run)
+    dtype = speed_dtype(recipe)
+    path = drafter_path(recipe, run)
+    target = load_target(dataclasses.replace(recipe.target, dtype=dtype))
+    drafter = load_drafter(path, dtype, recipe.target.trust_remote_code)
+    check_same_tokenizer(target.tokenizer, drafter.tokenizer, path)
+    _check_made_for(path, target, parsed.accept_new_target)
+    head = None
+    if run.head.exists():
+        head = AcceptanceHead.load(
+            run.head,
+            target=target.fingerprint,
+            drafter=drafter.fingerprint,
+            accept_new_target=parsed.accept_new_target,
+            device=drafter.model.device,
+        )
+    ends = end_tokens(target.tokenizer, getattr(target.model, "generation_config", None))
+    return Models(target, drafter, head, str(run.head) if head else None, ends, dtype)
+
+
+def speed_dtype(recipe: Recipe) -> str:
+    """The dtype that speed is measured in: as asked for, else as the target is served, else the fast one."""
+    for dtype in (recipe.evaluate.dtype, recipe.target.dtype):
+        if dtype != "auto":
+            if dtype not in DTYPES:
+                raise UserError(f"evaluate.dtype is {dtype}, but it must be auto or one of {', '.join(DTYPES)}.")
+            return dtype
+    return fast_dtype(default_device())
+
+
+def drafter_path(recipe: Recipe, run: RunFolder) -> str:
+    """The drafter to evaluate: the one named by drafter.path, else the one that the run trained.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if recipe.drafter.path is not None and (recipe.drafter.kind != "pretrained" or not run.drafter.exists()):
+        return recipe.drafter.path
+    if run.drafter.exists():
+        return str(run.drafter)
+    raise UserError(
+        f"there is no drafter in {run.drafter}; train one with train_drafter.py --run {run.path}, or name one with "
+        "--drafter.path."
+    )
+
+
+def _check_made_for(path: str, target: Loaded, accept_new_target: bool) -> None:
+    if not (Path(path) / INFO).exists():
+        return
+    made_for = read_info(path).target
+    if made_for is not None:
+        made_for.require(
+            target.fingerprint,
+            f"the drafter in {path} was distilled for one target",
+            accept_new_target,
+            remedy="distil a drafter for this target",
+        )
+
+
+def _in_dtype(model: Any, dtype: str, device: torch.device) -> Any:
+    if getattr(model, "is_quantized", False):
+        raise UserError(f"a quantized target cannot be run in {dtype}; leave that check out.")
+    needed = _parameters(model) * DTYPES[dtype].itemsize
+    if needed > 0.8 * free_bytes(device):
+        raise UserError(f"a copy in {dtype} needs {needed / 2**30:.1f} GiB, more than is free; leave that check out.")
+    return copy.deepcopy(model).to(DTYPES[dtype])
+
+
+def _parameters(model: Any) -> int:
+    return sum(weight.numel() for weight in model.parameters())
