@@ -130,7 +130,7 @@ class AcceptanceHead(nn.Module):
 
     def __init__(self, config: AcceptanceHeadConfig) -> None:
         super().__init__()
-        self.config = config
+        self.settings = config  # not `config`: the Trainer and its callbacks take that for a transformers config
         size = config.hidden_size
         distinct = min(config.depth, 1) if config.tied else config.depth
         self.blocks = nn.ModuleList(nn.Linear(size, size) for _ in range(distinct))
@@ -149,7 +149,7 @@ class AcceptanceHead(nn.Module):
     @property
     def state(self) -> Literal["producing", "consumed"]:
         """Which drafter state `score` wants."""
-        return self.config.state
+        return self.settings.state
 
     @property
     def calibrated(self) -> bool:
@@ -159,7 +159,7 @@ class AcceptanceHead(nn.Module):
     @calibrated.setter
     def calibrated(self, on: bool) -> None:
         self._calibrated = on
-        self._shift = math.log(self.config.w_rej / self.config.w_acc) if on else 0.0
+        self._shift = math.log(self.settings.w_rej / self.settings.w_acc) if on else 0.0
 
     def forward(
         self,
@@ -171,10 +171,10 @@ class AcceptanceHead(nn.Module):
         """Logits of P' as trained, [B]; arguments as in `score`."""
         x_BH = hidden_BH.to(self.output.weight.dtype)
         columns_BF = None
-        if self.config.features:
+        if self.settings.features:
             columns_BF = torch.stack(self._columns(torch, (log_q_B, entropy_B, step_B)), dim=-1).to(x_BH.dtype)
             x_BH = x_BH + self.feature_input(columns_BF)
-        for block in list(self.blocks) * (self.config.depth if self.config.tied else 1):
+        for block in list(self.blocks) * (self.settings.depth if self.settings.tied else 1):
             x_BH = x_BH + F.silu(block(x_BH))
         logit_B1 = self.output(x_BH)
         if columns_BF is not None:
@@ -195,7 +195,7 @@ class AcceptanceHead(nn.Module):
         where starting an operation costs more than its arithmetic, NumPy computes it (a third of the time).
 
         Args:
-            hidden_BH: the drafter's last hidden state after its final norm; producing or consumed, as `config.state`.
+            hidden_BH: the drafter's last hidden state after its final norm; producing or consumed, as `settings.state`.
             log_q_B: log q(Y) in nats, needed when the head has that feature; likewise the two below.
             entropy_B: entropy of the q that drew Y, in nats.
             step_B: place of Y in its round, from 1.
@@ -217,7 +217,7 @@ class AcceptanceHead(nn.Module):
         if single:
             x_BH = x_BH[0]  # a vector times a matrix is quicker than a matrix of one row
         logit_B = weights.output_bias + self._shift
-        if self.config.features:
+        if self.settings.features:
             given = [None if value is None else value.float().numpy() for value in features]
             columns_BF = np.array(self._columns(np, given)).T
             if single:
@@ -233,7 +233,7 @@ class AcceptanceHead(nn.Module):
         """Scalar features as columns of order one, computed by `library` (torch or NumPy)."""
         columns: list[Any] = []
         for name, value in zip(FEATURES, features, strict=True):
-            if name not in self.config.features:
+            if name not in self.settings.features:
                 continue
             if value is None:
                 raise ValueError(f"this head reads {name}, which was not given")
@@ -245,11 +245,11 @@ class AcceptanceHead(nn.Module):
         named = {name: value.detach().float().numpy() for name, value in self.named_parameters()}
         blocks = [(named[f"blocks.{i}.weight"].T, named[f"blocks.{i}.bias"]) for i in range(len(self.blocks))]
         self._numpy = _NumpyWeights(
-            blocks=blocks * (self.config.depth if self.config.tied else 1),
+            blocks=blocks * (self.settings.depth if self.settings.tied else 1),
             output=named["output.weight"][0],
             output_bias=named["output.bias"],
-            feature_input=named["feature_input.weight"].T if self.config.features else None,
-            feature_output=named["feature_output.weight"][0] if self.config.features else None,
+            feature_input=named["feature_input.weight"].T if self.settings.features else None,
+            feature_output=named["feature_output.weight"][0] if self.settings.features else None,
         )
         return self._numpy
 
@@ -265,7 +265,7 @@ class AcceptanceHead(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(self.config.to_json(), encoding="utf-8")
+        (folder / "config.json").write_text(self.settings.to_json(), encoding="utf-8")
 
     @classmethod
     def load(

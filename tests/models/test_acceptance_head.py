@@ -190,7 +190,7 @@ def test_a_saved_head_scores_the_same(tmp_path, settings):
     head = make(**settings, **config)
     head.save_pretrained(tmp_path)
     loaded = AcceptanceHead.load(tmp_path, target=TARGET, drafter=DRAFTER)
-    assert loaded.config == head.config
+    assert loaded.settings == head.settings
     assert torch.equal(loaded.score(*inputs()), head.score(*inputs()))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not loaded.training

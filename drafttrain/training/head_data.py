@@ -1,0 +1,307 @@
+"""Training examples of the acceptance head, from traces.
+
+An example is one drafted token: a drafter state, the scalar features of the token, and the label
+P = min(1, p(Y) / q(Y)), the probability that the target accepts it (SpecDec++, section 3), with p and q as they are at
+the decoding setting that was traced; greedy decoding accepts Y if it is the target's own token. There are three ways:
+
+exact
+    every response position: the drafter reads the response up to X_<i and proposes Y_i, as it does while decoding
+    whenever all tokens drafted before were accepted, which is the event that P is conditioned on.
+mixed
+    published: prompt ++ Z, where Z keeps X with probability r and takes Y elsewhere; trained where Z = Y (mixing.py).
+rounds
+    whole drafting rounds of random length, with the tokens that the drafter says after a rejection: those are
+    discarded whatever they are, so their label is 0. The head then sees the states that it meets while decoding
+    past an unnoticed rejection, which the other two never show it.
+
+The states of a response are laid out flat: first T rows, one a response position, then R rows for the run of each
+rejected position. `Examples.index` points into that layout; head_states.py fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from drafttrain.errors import UserError
+from drafttrain.models.acceptance_head import AcceptanceHeadConfig
+from drafttrain.ops.random import uniform
+from drafttrain.ops.sampling import GREEDY_TEMPERATURE
+from drafttrain.training.mixing import mix_tokens, sample_key
+
+# S responses, T response positions, M rejected positions, R tokens of a run, N examples
+
+COLUMNS = (
+    *("prompt_id", "split", "turn", "prompt_ids", "response_ids", "draft_ids"),
+    *("log_p", "log_q", "entropy", "run_ids", "run_log_q", "run_scores"),
+)
+"""What is read of a trace record."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a head learns from one response.
+
+    Attributes:
+        sample: sample id of its draws.
+        prompt: token ids.
+        response_T, draft_T: X and Y, int64.
+        label_T: P of each Y, float32; log_q_T and entropy_T of the q that drew it.
+        run_ids_MR: tokens drafted after each rejected Y, with run_log_q_MR and run_entropy_MR (None if not traced).
+    """
+
+    sample: int
+    prompt: list[int]
+    response_T: Tensor
+    draft_T: Tensor
+    label_T: Tensor
+    log_q_T: Tensor
+    entropy_T: Tensor
+    run_ids_MR: Tensor
+    run_log_q_MR: Tensor
+    run_entropy_MR: Tensor | None
+
+    @property
+    def rejected(self) -> list[int]:
+        """Response positions where Y was rejected: Y is coupled to X, so where they differ."""
+        return torch.nonzero(self.draft_T != self.response_T).flatten().tolist()
+
+    @property
+    def accepted_before_T(self) -> Tensor:
+        """How many drafted tokens in a row were accepted directly before each position, int64 [T]."""
+        positions = torch.arange(len(self.draft_T))
+        after_rejection = torch.where(self.draft_T != self.response_T, positions + 1, 0)
+        start = torch.cat([after_rejection.new_zeros(1), after_rejection])[:-1].cummax(0).values
+        return positions - start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How to read the traces of one data set.
+
+    Attributes:
+        greedy: whether they were made for greedy decoding.
+        run_length: R.
+        scores: names of the stored scores, in order.
+    """
+
+    greedy: bool
+    run_length: int
+    scores: tuple[str, ...]
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Layout:
+        """From the manifest of the traces."""
+        greedy = manifest["sampling"]["temperature"] <= GREEDY_TEMPERATURE
+        return cls(greedy, int(manifest.get("run_length") or 0), tuple(manifest.get("scores") or ()))
+
+    def trace(self, record: Mapping[str, Any]) -> Trace:
+        """Tensors of one record.
+
+        Raises:
+            UserError: its lists do not fit together.
+        """
+        response_T = torch.tensor(record["response_ids"], dtype=torch.long)
+        draft_T = torch.tensor(record["draft_ids"], dtype=torch.long)
+        log_p_T, log_q_T, entropy_T = (_floats(record[name]) for name in ("log_p", "log_q", "entropy"))
+        if not len(response_T) == len(draft_T) == len(log_p_T) == len(log_q_T) == len(entropy_T):
+            raise UserError(f"the trace of prompt {record['prompt_id']} has columns of unequal length; make it again.")
+        equal_T = response_T == draft_T
+        rejected = int((~equal_T).sum())
+        shape = (rejected, self.run_length)
+        run_scores = _floats(record["run_scores"]).reshape(len(self.scores), *shape)
+        return Trace(
+            sample=sample_key(record["prompt_id"], record["turn"]),
+            prompt=list(record["prompt_ids"]),
+            response_T=response_T,
+            draft_T=draft_T,
+            label_T=equal_T.float() if self.greedy else (log_p_T - log_q_T).clamp_max(0.0).exp(),
+            log_q_T=log_q_T,
+            entropy_T=entropy_T,
+            run_ids_MR=torch.tensor(record["run_ids"], dtype=torch.long).reshape(shape),
+            run_log_q_MR=_floats(record["run_log_q"]).reshape(shape),
+            run_entropy_MR=run_scores[self.scores.index("entropy")] if "entropy" in self.scores else None,
+        )
+
+    def check(self, config: AcceptanceHeadConfig) -> None:
+        """Refuse a head that these traces cannot train.
+
+        Raises:
+            UserError: rounds are asked for, but the runs were not traced, or not with what the head reads.
+        """
+        if config.data != "rounds":
+            return
+        if self.run_length == 0:
+            raise UserError("head.data rounds needs traces with runs; set traces.run_length (8, say) and trace again.")
+        if "entropy" in config.features and "entropy" not in self.scores:
+            raise UserError(
+                "head.data rounds with the feature entropy needs it of the runs; add entropy to traces.scores and "
+                "trace again, or take it out of head.features."
+            )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The training examples of one response in one epoch.
+
+    Attributes:
+        tokens_T: what the drafter reads after the prompt: X, or Z when mixed.
+        index_N: where each example's state lies in the flat layout.
+        log_q_N, entropy_N, step_N, label_N: features and labels, float32.
+    """
+
+    tokens_T: Tensor
+    index_N: Tensor
+    log_q_N: Tensor
+    entropy_N: Tensor
+    step_N: Tensor
+    label_N: Tensor
+
+
+def make_examples(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: int) -> Examples:
+    """Examples of one response in one epoch, as `config.data` says."""
+    if config.data == "rounds":
+        return _rounds(trace, config, seed, epoch)
+    tokens_T, index_N = trace.response_T, torch.arange(len(trace.draft_T))
+    if config.data == "mixed":
+        draws = {"seed": seed, "epoch": epoch, "sample": trace.sample}
+        tokens_T, trained_T = mix_tokens(trace.response_T, trace.draft_T, config.mixing, **draws)
+        index_N = index_N[trained_T]
+    step_T = _random_steps(trace, config.max_length, seed, epoch)
+    return Examples(
+        tokens_T=tokens_T,
+        index_N=index_N,
+        log_q_N=trace.log_q_T[index_N],
+        entropy_N=trace.entropy_T[index_N],
+        step_N=step_T[index_N],
+        label_N=trace.label_T[index_N],
+    )
+
+
+def _random_steps(trace: Trace, max_length: int, seed: int, epoch: int) -> Tensor:
+    """A step at which a round could have drafted each position: it began as far back as all was accepted, or later."""
+    positions = torch.arange(len(trace.draft_T))
+    u_T = uniform(seed, f"head step, epoch {epoch}", torch.full_like(positions, trace.sample), positions)
+    possible_T = trace.accepted_before_T.clamp_max(max_length - 1) + 1
+    return 1.0 + (u_T * possible_T).floor().float()
+
+
+def _rounds(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: int) -> Examples:
+    """Rounds through the whole response, each of a length drawn between the head's limits."""
+    total, run_length = len(trace.draft_T), trace.run_ids_MR.shape[1]
+    positions = torch.arange(total)
+    u_T = uniform(seed, f"head rounds, epoch {epoch}", torch.full_like(positions, trace.sample), positions)
+    low, high = config.min_length, config.max_length
+    length_T = (low + (u_T * (high - low + 1)).floor().long()).tolist()
+    rejected, row = trace.rejected, 0
+    index: list[int] = []
+    step: list[int] = []
+    start = 0
+    while start < total:
+        row = next((m for m in range(row, len(rejected)) if rejected[m] >= start), len(rejected))
+        end = rejected[row] if row < len(rejected) else total
+        wanted = length_T[start]
+        alive = min(wanted, end - start + 1, total - start)  # the rejected token itself counts as drafted
+        beyond = min(wanted - alive, run_length) if end < total and alive == end - start + 1 else 0
+        index += range(start, start + alive)
+        index += range(total + row * run_length, total + row * run_length + beyond)
+        step += range(1, alive + beyond + 1)
+        # all drafted tokens accepted: the target adds one more; else it replaces the rejected one
+        start = min(start + alive + 1, end + 1)
+    index_N = torch.tensor(index, dtype=torch.long)
+    dead_MR = torch.zeros_like(trace.run_log_q_MR)
+    run_entropy_MR = dead_MR if trace.run_entropy_MR is None else trace.run_entropy_MR
+    return Examples(
+        tokens_T=trace.response_T,
+        index_N=index_N,
+        log_q_N=torch.cat([trace.log_q_T, trace.run_log_q_MR.flatten()])[index_N],
+        entropy_N=torch.cat([trace.entropy_T, run_entropy_MR.flatten()])[index_N],
+        step_N=torch.tensor(step, dtype=torch.float32),
+        label_N=torch.cat([trace.label_T, dead_MR.flatten()])[index_N],
+    )
+
+
+class HeadDataset(Dataset):
+    """Responses as lists of examples, in an order of their own in every epoch.
+
+    The order and every other draw depend on (seed, epoch) alone, and the length is rounded up to whole global batches
+    with empty items, so that any number of processes sees the same global batches and a resumed run goes on exactly.
+
+    Args:
+        records: trace records (anything indexable that gives dicts).
+        layout: how to read them.
+        config: of the head.
+        seed: of all draws.
+        global_batch: responses per optimizer step over all processes; 1 keeps the plain length.
+        shuffle: False keeps the order of the records.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        layout: Layout,
+        config: AcceptanceHeadConfig,
+        seed: int,
+        global_batch: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        self.records, self.layout, self.config, self.seed = records, layout, config, seed
+        self.global_batch, self.shuffle = global_batch, shuffle
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of an epoch."""
+        self.epoch = epoch
+        rows = torch.arange(len(self.records))
+        if self.shuffle:
+            rows = uniform(self.seed, f"head order, epoch {epoch}", torch.zeros_like(rows), rows).argsort()
+        self._order = rows.tolist()
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // self.global_batch) * self.global_batch
+
+    def __getitem__(self, position: int) -> tuple[int, Trace, Examples] | None:
+        """(row, trace, examples), or None for an empty item."""
+        if position >= len(self.records):
+            return None
+        row = self._order[position]
+        trace = self.layout.trace(self.records[row])
+        return row, trace, make_examples(trace, self.config, self.seed, self.epoch)
+
+    def trace(self, row: int) -> Trace:
+        """The trace of a record, whatever the order."""
+        return self.layout.trace(self.records[row])
+
+
+def collate(items: Sequence[tuple[int, Trace, Examples] | None]) -> dict[str, Any]:
+    """A batch: examples of all responses one after the other, nothing padded.
+
+    Returns:
+        log_q, entropy, step, labels: float32 [N]; wanted: (row, trace, examples) of each response, from which the
+        states are looked up or computed.
+    """
+    present = [item for item in items if item is not None]
+    columns = {"log_q": "log_q_N", "entropy": "entropy_N", "step": "step_N", "labels": "label_N"}
+    empty = torch.zeros(0)
+    batch = {
+        name: torch.cat([empty, *(getattr(examples, attribute) for _, _, examples in present)])
+        for name, attribute in columns.items()
+    }
+    return {**batch, "wanted": present}
+
+
+def features_and_labels(dataset: HeadDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log q, entropy and label of every drafted token of the records, for baselines: float64 [N] each."""
+    traces = [dataset.trace(row) for row in range(len(dataset.records))]
+    names = ("log_q_T", "entropy_T", "label_T")
+    return tuple(torch.cat([getattr(trace, name) for trace in traces]).double().numpy() for name in names)
+
+
+def _floats(values: Any) -> Tensor:
+    return torch.tensor(values if values is not None else [], dtype=torch.float32)

@@ -1,0 +1,315 @@
+"""What `train_head.py` does: traces in, acceptance head and its calibration out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drafttrain.config import HeadConfig, Parsed, Recipe
+from drafttrain.distributed import barrier, is_main, say
+from drafttrain.errors import UserError
+from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig, load_config
+from drafttrain.models.checkpoint import CheckpointInfo, read_info, save_checkpoint
+from drafttrain.models.fingerprint import Fingerprint
+from drafttrain.models.loading import Loaded, load_drafter
+from drafttrain.records import read_manifest, read_records
+from drafttrain.run_folder import RunFolder
+from drafttrain.training.arguments import training_arguments
+from drafttrain.training.head_data import COLUMNS, HeadDataset, Layout
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+    from drafttrain.training.head_trainer import HeadTrainer, States
+
+WORK_FOLDER = "head-training"
+"""Folder of the run with the Trainer's checkpoints and the drafter's states; only the finished head goes to head/."""
+
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a head is made of, checked.
+
+    Attributes:
+        drafter: loaded and frozen.
+        config: of the head to be trained.
+        layout: how the traces are read.
+        train, tune: records of the two splits.
+        key: changes with anything that changes the head.
+    """
+
+    drafter: Loaded
+    config: AcceptanceHeadConfig
+    layout: Layout
+    train: Dataset
+    tune: Dataset
+    key: str
+
+
+def read_inputs(parsed: Parsed) -> Inputs:
+    """Open traces and drafter of a run and check that they belong together.
+
+    Raises:
+        UserError: missing or damaged traces, another drafter than the traced one, no trainable token, settings that do
+            not go together.
+    """
+    run, recipe = RunFolder(parsed.run), parsed.recipe
+    manifest = read_manifest(run.require(run.traces, "data_prep/traces.py"), "traces")
+    drafter = load_drafter(drafter_path(run, recipe))
+    drafter.model.requires_grad_(False)
+    expect = {"fingerprints": {"drafter": drafter.fingerprint.to_dict()}}
+    records = read_records(run.traces, "traces", expect, COLUMNS, parsed.accept_new_target)
+    target = Fingerprint.from_dict(manifest["fingerprints"]["target"])
+    config = head_config(recipe.head, manifest, drafter, target)
+    layout = Layout.of(manifest)
+    layout.check(config)
+    train, tune = (_split(records, name) for name in ("train", "tune"))
+    if not any(len(ids) for ids in train["response_ids"]):
+        raise UserError(f"{run.traces} holds no drafted token of the split train to learn from; trace more responses.")
+    return Inputs(drafter, config, layout, train, tune, _key(recipe, manifest, drafter))
+
+
+def drafter_path(run: RunFolder, recipe: Recipe) -> str:
+    """The drafter that the head will belong to: the run's own, else the one that the recipe names.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if (run.drafter / "config.json").is_file():
+        return str(run.drafter)
+    if recipe.drafter.path:
+        return recipe.drafter.path
+    raise UserError(f"there is no drafter in {run.drafter}; train one with train_drafter.py or set drafter.path.")
+
+
+def head_config(
+    settings: HeadConfig, manifest: dict[str, Any], drafter: Loaded, target: Fingerprint
+) -> AcceptanceHeadConfig:
+    """Configuration of the head that a recipe asks for.
+
+    Raises:
+        UserError: impossible settings.
+    """
+    shared = {item.name for item in dataclasses.fields(AcceptanceHeadConfig)}
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if name in shared}
+    given["features"] = tuple(settings.features)
+    given["mixing"] = settings.mixing if settings.data == "mixed" else 0.0
+    return AcceptanceHeadConfig(
+        hidden_size=drafter.model.config.get_text_config().hidden_size,
+        **given,
+        sampling=manifest["sampling"],
+        target=target,
+        drafter=drafter.fingerprint,
+    )
+
+
+def train_head(parsed: Parsed) -> None:
+    """Train the head of a run, judge it on held-out responses and save it; every process calls it.
+
+    A head that was finished with the same settings is kept; a run that was interrupted goes on where it was.
+
+    Raises:
+        UserError: as `read_inputs`, and a loss that is no number.
+    """
+    run = RunFolder(parsed.run).create()
+    inputs = read_inputs(parsed)
+    if is_finished(run, inputs.key):
+        say(f"{run.head} is already trained with these settings.")
+        return
+    from drafttrain.training.head_trainer import last_checkpoint
+
+    run.record(parsed, "drafttrain/train_head.py")
+    folder = run.path / WORK_FOLDER
+    _clear_unless_same(folder, inputs.key)
+    trainer, stores = make_trainer(parsed.recipe, inputs, folder, accept_new_target=parsed.accept_new_target)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    head = trainer.trained_head()
+    metrics = judge(trainer)
+    if is_main():
+        save_head(run.head, head, metrics, parsed, inputs)
+    barrier()
+    for store in stores:
+        store.delete()
+    say(_summary(metrics, run))
+
+
+def make_trainer(
+    recipe: Recipe, inputs: Inputs, folder: Path, accept_new_target: bool = False
+) -> tuple[HeadTrainer, list[Any]]:
+    """The Trainer, ready to run, and the state stores that it reads (to be deleted afterwards)."""
+    from transformers import set_seed
+
+    from drafttrain.training import calibration
+    from drafttrain.training.head_data import features_and_labels
+    from drafttrain.training.head_trainer import HeadTrainer, HeldOut
+
+    arguments = head_arguments(recipe, inputs, folder)
+    set_seed(recipe.seed)
+    head = start_head(recipe.head, inputs.config, accept_new_target)
+    train = HeadDataset(inputs.train, inputs.layout, inputs.config, recipe.seed, global_batch(arguments))
+    exact = dataclasses.replace(inputs.config, data="exact", mixing=0.0)
+    tune = HeadDataset(inputs.tune, inputs.layout, exact, recipe.seed, shuffle=False)
+    train_states, stores = _states(folder, "train", train, inputs)
+    held_out = None
+    if len(inputs.tune):
+        tune_states, tune_stores = _states(folder, "tune", tune, inputs)
+        stores += tune_stores
+        baselines = calibration.Baselines(*features_and_labels(train))
+        held_out = HeldOut(tune, tune_states, baselines)
+    return HeadTrainer(head, arguments, train, train_states, held_out), stores
+
+
+def head_arguments(recipe: Recipe, inputs: Inputs, folder: Path) -> TrainingArguments:
+    """TrainingArguments of the head; without held-out responses nothing is evaluated."""
+    from drafttrain.training.head_trainer import DEFAULTS, FIXED
+
+    defaults = dict(DEFAULTS)
+    if not len(inputs.tune):
+        say("no responses of the split tune: the head is neither evaluated nor is its best epoch chosen.")
+        defaults |= {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
+    fixed = FIXED | {"seed": recipe.seed}
+    return training_arguments(recipe.head.arguments, folder, "head", defaults, **fixed)
+
+
+def global_batch(arguments: TrainingArguments) -> int:
+    """Responses of one optimizer step over all processes."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def start_head(settings: HeadConfig, config: AcceptanceHeadConfig, accept_new_target: bool = False) -> AcceptanceHead:
+    """A new head, or the one that `head.init_from` names, continued with this recipe's settings.
+
+    Raises:
+        UserError: that head has another shape, reads another state, or belongs to another pair.
+    """
+    head = AcceptanceHead(config)
+    if settings.init_from is None:
+        return head
+    pair = {"target": config.target, "drafter": config.drafter, "accept_new_target": accept_new_target}
+    earlier = AcceptanceHead.load(settings.init_from, **pair)
+    for name in ("hidden_size", "state", "depth", "tied", "features"):
+        old, new = getattr(earlier.settings, name), getattr(config, name)
+        if old != new:
+            raise UserError(f"head.init_from {settings.init_from} has {name} {old}, the recipe {new}; make them agree.")
+    head.load_state_dict(earlier.state_dict())
+    return head
+
+
+def judge(trainer: HeadTrainer) -> dict[str, Any]:
+    """Calibration report on held-out responses, with the training curve; every process calls it."""
+    metrics = trainer.held_out_report()
+    metrics["curve"] = [
+        {name: value for name, value in entry.items() if name in _CURVE or name.startswith("eval_")}
+        for entry in trainer.state.log_history
+        if "loss" in entry or any(name.startswith("eval_") for name in entry)
+    ]
+    return metrics
+
+
+_CURVE = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+
+
+def save_head(folder: Path, head: AcceptanceHead, metrics: dict[str, Any], parsed: Parsed, inputs: Inputs) -> None:
+    """Write head, metrics.json, drafttrain.json and model card, whole or not at all."""
+    info = CheckpointInfo(
+        kind="acceptance_head",
+        target=inputs.config.target,
+        recipe=parsed.resolved,
+        metrics=_headline(metrics),
+        description=(
+            f"Predicts whether the target accepts a drafted token, from the drafter's {inputs.config.state} state. For "
+            f"the drafter `{inputs.config.drafter.short}`; labels at sampling {dict(inputs.config.sampling)}."
+        ),
+        extra={"drafter": inputs.config.drafter.to_dict(), "key": inputs.key},
+    )
+    save_checkpoint(folder, _WithMetrics(head, metrics), None, info)
+
+
+def is_finished(run: RunFolder, key: str) -> bool:
+    """Whether the run's head was made with these settings from these traces."""
+    if not (run.head / "drafttrain.json").is_file():
+        return False
+    return read_info(run.head).extra.get("key") == key and load_config(run.head) is not None
+
+
+class _WithMetrics:
+    """Saves metrics.json with the head, so that the folder appears with both or not at all."""
+
+    def __init__(self, head: AcceptanceHead, metrics: dict[str, Any]) -> None:
+        self._head, self._metrics = head, metrics
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write both."""
+        self._head.save_pretrained(folder)
+        (folder / METRICS).write_text(json.dumps(self._metrics, indent=1) + "\n", encoding="utf-8")
+
+
+def _states(folder: Path, name: str, dataset: HeadDataset, inputs: Inputs) -> tuple[States, list[Any]]:
+    """States of a data set, from a store where they stay the same and the disk has room; with the store, if any."""
+    from drafttrain.training.head_states import DrafterStates, StateStore
+
+    states = DrafterStates(inputs.drafter.model, dataset.config)
+    if dataset.config.data == "mixed":
+        return states, []
+    folder.mkdir(parents=True, exist_ok=True)
+    if not StateStore.fits(folder, StateStore.bytes_needed(dataset, states)):
+        say(f"{name}: the drafter's states do not fit on the disk of {folder}; they are computed anew in every epoch.")
+        return states, []
+    key = f"{inputs.key} {name} {dataset.config.state} {dataset.config.data}"
+    store = StateStore(folder / f"states-{name}.bin", states, dataset, key)
+    return store, [store]
+
+
+def _split(records: Dataset, name: str) -> Dataset:
+    rows = [row for row, split in enumerate(records["split"]) if split == name]
+    return records.select(rows)
+
+
+def _key(recipe: Recipe, manifest: dict[str, Any], drafter: Loaded) -> str:
+    settings = {
+        "head": dataclasses.asdict(recipe.head),
+        "seed": recipe.seed,
+        "traces": manifest,
+        "drafter": drafter.fingerprint.to_dict(),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _clear_unless_same(folder: Path, key: str) -> None:
+    """Remove what an interrupted run with other settings left behind; its checkpoints are no start for this one."""
+    note = folder / "key.txt"
+    if is_main():
+        if folder.exists() and (not note.is_file() or note.read_text(encoding="utf-8") != key):
+            say(f"starting over: what lies in {folder} was made with other settings.")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(key, encoding="utf-8")
+    barrier()
+
+
+def _headline(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the model card shows: everything but tables and curve."""
+    shown = {name: metrics[name] for name in ("responses", "tokens", "accepted") if name in metrics}
+    for predictor, scores in metrics.get("predictors", {}).items():
+        shown[predictor] = {name: scores[name] for name in ("auroc", "kl", "brier", "ece")}
+    return shown
+
+
+def _summary(metrics: dict[str, Any], run: RunFolder) -> str:
+    lines = [f"acceptance head in {run.head}"]
+    predictors = metrics.get("predictors", {})
+    if predictors:
+        lines.append(f"held out: {metrics['tokens']} drafted tokens, {metrics['accepted']:.1%} accepted")
+        lines.append(f"  {'predictor':20} {'AUROC':>8} {'KL':>8} {'Brier':>8} {'ECE':>8}")
+        for name, scores in predictors.items():
+            figures = " ".join(f"{scores[figure]:8.4f}" for figure in ("auroc", "kl", "brier", "ece"))
+            lines.append(f"  {name:20} {figures}")
+    return "\n".join(lines)

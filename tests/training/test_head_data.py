@@ -1,0 +1,259 @@
+"""Examples of the acceptance head: labels, features, and states against forward passes of their own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drafttrain.errors import UserError
+from drafttrain.models.acceptance_head import AcceptanceHeadConfig
+from drafttrain.training.head_data import HeadDataset, Layout, Trace, collate, features_and_labels, make_examples
+from drafttrain.training.head_states import DrafterStates, StateStore
+from tests.conftest import build_llama
+from tests.training.synthetic_traces import make_manifest, make_records
+
+HIDDEN = 16
+
+
+@pytest.fixture(scope="module")
+def pair():
+    # close enough that drafts are accepted about half of the time
+    target, drafter = build_llama(64, hidden=HIDDEN, seed=0), build_llama(64, layers=1, hidden=HIDDEN, seed=0)
+    drafter.model.embed_tokens.load_state_dict(target.model.embed_tokens.state_dict())
+    drafter.lm_head.load_state_dict(target.lm_head.state_dict())
+    return target.double(), drafter.double()
+
+
+@pytest.fixture(scope="module")
+def records(pair):
+    return make_records(*pair, count=6, tune=0, run_length=3)
+
+
+LAYOUT = Layout(greedy=False, run_length=3, scores=("entropy",))
+
+
+def config(**settings) -> AcceptanceHeadConfig:
+    return AcceptanceHeadConfig(HIDDEN, **settings)
+
+
+def dataset(records, seed=0, **settings) -> HeadDataset:
+    return HeadDataset(records, LAYOUT, config(**settings), seed)
+
+
+def state_after(model, tokens):
+    return model.model(torch.tensor([tokens])).last_hidden_state[0, -1]
+
+
+def test_soft_labels_are_the_acceptance_probability(records):
+    labels = torch.cat([LAYOUT.trace(record).label_T for record in records])
+    expected = [
+        min(1.0, math.exp(p - q)) for r in records for p, q in zip(r["log_p"], r["log_q"], strict=True)
+    ]
+    assert labels.tolist() == pytest.approx(expected, rel=1e-5)
+    assert 0.1 < float(labels.mean()) < 0.95  # the fixture has both kinds
+
+
+def test_greedy_labels_say_whether_the_target_agreed(pair):
+    manifest = make_manifest(*pair, _Tokenizer(), temperature=0.0)
+    layout = Layout.of(manifest)
+    assert layout.greedy
+    for record in make_records(*pair, count=3, tune=0, temperature=0.0):
+        agreed = [float(x == y) for x, y in zip(record["response_ids"], record["draft_ids"], strict=True)]
+        assert layout.trace(record).label_T.tolist() == agreed
+
+
+def test_columns_of_unequal_length_are_refused(records):
+    with pytest.raises(UserError, match="p0"):
+        LAYOUT.trace(records[0] | {"log_q": [0.0]})
+
+
+@pytest.mark.parametrize("state", ["producing", "consumed"])
+@pytest.mark.parametrize("data", ["exact", "rounds"])
+def test_states_are_those_of_decoding(pair, records, state, data):
+    drafter = pair[1]
+    examples = dataset(records, state=state, data=data)
+    items = [examples[i] for i in range(len(examples))]
+    hidden_NH = DrafterStates(drafter, config(state=state, data=data))(items)
+    row = 0
+    for _, trace, examples in items:
+        for index in examples.index_N.tolist():
+            seen = _context(trace, index, with_token=state == "consumed")
+            torch.testing.assert_close(hidden_NH[row], state_after(drafter, seen))
+            row += 1
+    assert row == len(hidden_NH) > 20
+
+
+def _context(trace: Trace, index: int, with_token: bool) -> list[int]:
+    """What the drafter has read when it proposes the token at a place of the flat layout."""
+    x, y, total = trace.response_T.tolist(), trace.draft_T.tolist(), len(trace.draft_T)
+    if index < total:
+        return [*trace.prompt, *x[:index], *([y[index]] if with_token else [])]
+    m, j = divmod(index - total, trace.run_ids_MR.shape[1])
+    f, run = trace.rejected[m], trace.run_ids_MR[m].tolist()
+    return [*trace.prompt, *x[:f], y[f], *run[: j + with_token]]
+
+
+def test_mixed_states_have_read_the_mixture(pair, records):
+    drafter = pair[1]
+    data = dataset(records, state="consumed", data="mixed", mixing=0.5)
+    items = [data[i] for i in range(len(data))]
+    hidden_NH = DrafterStates(drafter, data.config)(items)
+    row = 0
+    for _, trace, examples in items:
+        z = examples.tokens_T.tolist()
+        for index in examples.index_N.tolist():
+            assert z[index] == trace.draft_T[index]
+            torch.testing.assert_close(hidden_NH[row], state_after(drafter, [*trace.prompt, *z[: index + 1]]))
+            row += 1
+    assert 0 < row < sum(len(trace.draft_T) for _, trace, _ in items)
+
+
+def test_mixing_is_new_every_epoch_and_the_states_of_exact_data_are_not(records):
+    mixed = dataset(records, state="consumed", data="mixed", mixing=0.5)
+    before = [mixed[i] for i in range(len(mixed))]
+    mixed.set_epoch(1)
+    after = {row: examples for row, _, examples in (mixed[i] for i in range(len(mixed)))}
+    assert any(not torch.equal(examples.tokens_T, after[row].tokens_T) for row, _, examples in before)
+
+
+def test_the_store_gives_what_the_drafter_computes(pair, records, tmp_path):
+    for state, data in (("producing", "exact"), ("consumed", "exact"), ("consumed", "rounds")):
+        examples = dataset(records, state=state, data=data)
+        states = DrafterStates(pair[1], examples.config)
+        store = StateStore(tmp_path / f"{state}-{data}.bin", states, examples, "key")
+        items = [examples[i] for i in range(len(examples))]
+        torch.testing.assert_close(store(items), states(items))
+        assert store(items[:0]).shape == (0, HIDDEN)
+
+
+def test_a_finished_store_is_used_and_another_is_made_again(pair, records, tmp_path):
+    examples = dataset(records)
+    path = tmp_path / "states.bin"
+    first = StateStore(path, DrafterStates(pair[1], examples.config), examples, "a")
+    items = [examples[0]]
+    expected = first(items)
+
+    class Refuses(DrafterStates):
+        def flat(self, wanted):
+            raise AssertionError("computed again")
+
+    assert torch.equal(StateStore(path, Refuses(pair[1], examples.config), examples, "a")(items), expected)
+    with pytest.raises(AssertionError, match="computed again"):
+        StateStore(path, Refuses(pair[1], examples.config), examples, "b")
+    # the attempt that failed left no note that would pass the file off as finished
+    with pytest.raises(AssertionError, match="computed again"):
+        StateStore(path, Refuses(pair[1], examples.config), examples, "a")
+    first.delete()
+    assert not path.exists()
+
+
+tokens = st.lists(st.booleans(), min_size=1, max_size=40)
+
+
+def _trace(accepted: list[bool], run_length: int) -> Trace:
+    total, rejected = len(accepted), accepted.count(False)
+    shape = (rejected, run_length)
+    return Trace(
+        sample=5,
+        prompt=[1],
+        response_T=torch.zeros(total, dtype=torch.long),
+        draft_T=torch.tensor([0 if kept else 1 for kept in accepted]),
+        label_T=torch.linspace(0.1, 0.9, total),
+        log_q_T=-torch.ones(total),
+        entropy_T=torch.ones(total),
+        run_ids_MR=torch.full(shape, 7),
+        run_log_q_MR=torch.full(shape, -2.0),
+        run_entropy_MR=torch.full(shape, 3.0),
+    )
+
+
+@given(tokens, st.integers(0, 3), st.integers(1, 3), st.integers(0, 6), st.integers(0, 3))
+def test_rounds_are_a_walk_of_speculative_decoding(accepted, run_length, low, more, epoch):
+    trace = _trace(accepted, run_length)
+    limits = config(data="rounds", min_length=low, max_length=low + more)
+    examples = make_examples(trace, limits, seed=0, epoch=epoch)
+    total, rejected = len(accepted), trace.rejected
+    index, step = examples.index_N.tolist(), examples.step_N.tolist()
+    assert step[0] == 1
+    position, k = 0, 0
+    while k < len(index):
+        assert step[k] == 1
+        end = next((f for f in rejected if f >= position), total)
+        size = next((j for j in range(1, len(index) - k) if step[k + j] == 1), len(index) - k)
+        alive = min(size, end - position + 1, total - position)
+        assert index[k : k + alive] == list(range(position, position + alive))
+        for j in range(alive, size):
+            m = rejected.index(end)
+            assert index[k + j] == total + m * run_length + (j - alive)
+            assert examples.label_N[k + j] == 0
+            assert examples.log_q_N[k + j] == -2
+        assert size <= low + more
+        room = alive + (run_length if end < total and alive == end - position + 1 else 0)
+        assert size >= min(low, room, total - position + run_length)
+        assert step[k : k + size] == list(range(1, size + 1))
+        position = end + 1 if alive == end - position + 1 and end < total else position + alive + 1
+        k += size
+    assert position >= total
+
+
+@given(tokens, st.integers(1, 8), st.integers(0, 3))
+def test_exact_steps_only_look_back_over_accepted_tokens(accepted, max_length, epoch):
+    trace = _trace(accepted, 0)
+    examples = make_examples(trace, config(max_length=max_length), seed=0, epoch=epoch)
+    assert examples.index_N.tolist() == list(range(len(accepted)))
+    for position, step in enumerate(examples.step_N.long().tolist()):
+        assert 1 <= step <= max_length
+        assert all(accepted[position - step + 1 : position])
+
+
+def test_steps_reach_as_far_back_as_they_may():
+    steps = [
+        make_examples(_trace([True] * 12, 0), config(max_length=8), seed=0, epoch=epoch).step_N for epoch in range(60)
+    ]
+    assert torch.stack(steps).amax(0).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8]
+
+
+def test_every_epoch_has_every_response_once_in_an_order_of_its_own(records):
+    data = HeadDataset(records, LAYOUT, config(), seed=3, global_batch=4)
+    assert len(data) == 8
+    orders = []
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        items = [data[i] for i in range(len(data))]
+        assert items[6:] == [None, None]
+        orders.append([row for row, _, _ in items[:6]])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(6))
+    assert orders[0] != orders[1]
+    again = HeadDataset(records, LAYOUT, config(), seed=3, global_batch=4)
+    assert [again[i][0] for i in range(6)] == orders[0]
+
+
+def test_a_batch_of_nothing_has_no_examples():
+    batch = collate([None, None])
+    assert batch["wanted"] == []
+    assert all(batch[name].shape == (0,) for name in ("log_q", "entropy", "step", "labels"))
+
+
+def test_features_and_labels_cover_every_drafted_token(records):
+    columns = features_and_labels(dataset(records))
+    assert {len(column) for column in columns} == {sum(len(record["draft_ids"]) for record in records)}
+
+
+def test_rounds_need_runs_and_their_entropy():
+    with pytest.raises(UserError, match=r"traces\.run_length"):
+        Layout(False, 0, ("entropy",)).check(config(data="rounds"))
+    with pytest.raises(UserError, match=r"traces\.scores"):
+        Layout(False, 3, ()).check(config(data="rounds"))
+    Layout(False, 3, ()).check(config(data="rounds", features=("log_q",)))
+
+
+class _Tokenizer:
+    def get_vocab(self):
+        return {"a": 0}
+
+    def encode(self, text, add_special_tokens):
+        return [0]
