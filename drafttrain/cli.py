@@ -1,7 +1,7 @@
-"""`drafttrain <verb>`: the library's verbs on the command line. No logic: each verb imports its own function when asked.
+"""`drafttrain <verb>`: the library's verbs on the command line. No logic: each verb imports its function when asked.
 
-    drafttrain evaluate --config recipes/reference/pair.yaml --run runs/pair
-    drafttrain compare runs/a runs/b
+drafttrain evaluate --config recipes/reference/pair.yaml --run runs/pair
+drafttrain compare runs/a runs/b
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _compare(argv: Sequence[str]) -> None:
 
 
 _evaluate_help = "Sweep lengths and thresholds by replay, really run the best, check the output, write the report."
-_lossless_help = "Check that every method emits what the target alone would: tokens in float64, distributions by chi-square."
+_lossless_help = "Check that every method emits what the target would: tokens in float64, distributions by chi-square."
 _compare_help = "Pair two reports by prompt and bootstrap the differences."
 _export_help = "Write the trained drafter for another decoder, reload and compare it before saying so."
 _pretrain_help = "Train a target from scratch on the reference corpus."

@@ -2,7 +2,7 @@
 
 
 def test_the_tokenizer_round_trips_any_text(tiny_tokenizer):
-    text = "def f():\n\treturn 'Zürich 東京'\r\n"
+    text = "def f():\n\treturn 'Z\u00fcrich \u6771\u4eac'\r\n"
     assert tiny_tokenizer.decode(tiny_tokenizer.encode(text, add_special_tokens=False)) == text
 
 

@@ -34,7 +34,7 @@ def row(source, turn=0):
         "prompt_ids": list(range(source)),
         "response_ids": [source, turn],
         "finish_reason": "eos",
-        "text": "é" * source,
+        "text": "\u00e9" * source,
     }
 
 

@@ -23,7 +23,9 @@ from drafttrain.errors import UserError
 SAMPLE = 256
 """Entries of each tensor that are hashed: spread evenly, first and last included."""
 
-_PROBE = "def f(x):\n\treturn x + 1  # Zürich, 東京, 3.14159, don't; A\u00a0B 😀\r\n\n\n    The end..."
+_PROBE = (
+    "def f(x):\n\treturn x + 1  # Z\u00fcrich, \u6771\u4eac, 3.14159, don't; A\u00a0B \U0001f600\r\n\n\n    The end..."
+)
 """Text whose encoding tells apart tokenizers that have the same entries but split or merge differently."""
 
 _ARCHITECTURE = (
