@@ -445,7 +445,7 @@ class _GeneralParser(argparse.ArgumentParser):
 def _general_parser() -> argparse.ArgumentParser:
     parser = _GeneralParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run", "--run-dir", type=Path)  # torchrun takes --run for an abbreviation of its --run-path
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--accept-new-target", action="store_true")
     parser.add_argument(*_LAUNCHER_FLAGS, type=int)
@@ -472,7 +472,7 @@ def _parser(
         epilog=" ".join(notes),
     )
     parser.add_argument("--config", metavar="RECIPE", help="YAML recipe; flags override it")
-    parser.add_argument("--run", metavar="DIR", help="run folder: inputs and outputs by fixed names")
+    parser.add_argument("--run", metavar="DIR", help="run folder: inputs and outputs by fixed names; write --run-dir under torchrun")
     parser.add_argument("--plan", action="store_true", help="print what would run and what it needs, then exit")
     parser.add_argument("--accept-new-target", action="store_true", help="go on though the target's weights changed")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help=_field_help()["Recipe", "seed"])
