@@ -21,7 +21,7 @@ from drafttrain.decoding.stopping import FixedLength, Step, StoppingRule
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws, sample
-from drafttrain.ops.sampling import Sampling, log_probability_and_entropy, seen_along
+from drafttrain.ops.sampling import Sampling, seen_along
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,7 @@ class _Round:
         self.vocabulary = drafter._setting.vocabulary
         self.eos_ids = drafter._setting.eos_ids
         self.limits = limits
+        self.ragged = min(limits) < width
         self.width = width
         self.seen_BV = None
         if self.sampling.penalised:
@@ -277,13 +278,13 @@ class _Round:
         limit_B: Tensor,
     ) -> Tensor:
         """Which rows draw another token."""
-        log_q_B = entropy_B = None
-        if self.rule.needs_q:
-            if probs_BV is None:
-                probs_BV = self.sampling.scoring.probabilities(logits_BV)
-            log_q_B, entropy_B = log_probability_and_entropy(probs_BV, tokens_B)
-        stop_B = self.rule.stop(Step(number, tokens_B, hidden_BH, log_q_B, entropy_B))
-        going_B = going_B & (limit_B > number)
+
+        def scoring() -> Tensor:
+            return self.sampling.scoring.probabilities(logits_BV) if probs_BV is None else probs_BV
+
+        stop_B = self.rule.stop(Step(number, tokens_B, hidden_BH, scoring))
+        if self.ragged:
+            going_B = going_B & (limit_B > number)
         if stop_B is not None and number >= self.rule.min_length:
             going_B = going_B & ~stop_B
         for eos in self.eos_ids:

@@ -68,6 +68,7 @@ class Decoder:
         self.eos_ids = frozenset(eos_ids)
         self.seed = seed
         self._cache: DenseCache | None = None
+        self._empty: Draft | None = None
         self._committed: Committed | None = None  # the text of the last call, for the next turn of a chat
 
     @torch.inference_mode()
@@ -173,13 +174,18 @@ class Decoder:
             draft = self.drafter.propose(committed, None, budget, draws).to(self.target.device)
         last_B1 = torch.tensor([tokens[-1:] for tokens in committed.tokens], device=self.target.device)
         if draft is None:
-            draft = Draft.empty(len(rows), last_B1.device)
+            draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
         verdict = self._verify(self.target.forward(self._cache, block).logits, committed, draft, draws)
         if draft.width == 0:
             return draft, [[0, 0, token] for (token,) in verdict.emitted.tolist()]
         columns = [verdict.accepted_B, draft.length_B, *draft.forwards.values()]
         return draft, torch.cat([torch.stack(columns, 1), verdict.emitted], 1).tolist()
+
+    def _no_draft(self, rows: int) -> Draft:
+        if self._empty is None or len(self._empty.length_B) != rows:
+            self._empty = Draft.empty(rows, self.target.device)
+        return self._empty
 
     def _verify(self, logits: Tensor, committed: Committed, draft: Draft, draws: Draws) -> Verdict:
         seen = seen_along(committed.seen_BV, draft.tokens_BK) if committed.seen_BV is not None else None

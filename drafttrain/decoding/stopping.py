@@ -12,8 +12,8 @@ change the emitted distribution, since none can drop a drawn token. Conventions 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -22,24 +22,41 @@ from torch import Tensor
 from drafttrain.errors import UserError
 
 
-@dataclass(frozen=True)
 class Step:
-    """What a rule may look at after the k-th token was drawn.
+    """What a rule may look at after the k-th token was drawn; what it does not look at is not computed.
 
     Attributes:
         number: k, from 1.
         tokens_B: the token drawn.
         hidden_BH: the drafter's last hidden state (post-norm) that produced the token; it is also the state that
             consumed the token before it.
-        log_q_B: log q of the token drawn; None unless the rule declares ``needs_q``.
-        entropy_B: entropy of q in nats; None likewise.
     """
 
-    number: int
-    tokens_B: Tensor
-    hidden_BH: Tensor
-    log_q_B: Tensor | None
-    entropy_B: Tensor | None
+    def __init__(self, number: int, tokens_B: Tensor, hidden_BH: Tensor, probs: Callable[[], Tensor]) -> None:
+        self.number = number
+        self.tokens_B = tokens_B
+        self.hidden_BH = hidden_BH
+        self._probs = probs
+
+    @cached_property
+    def probs_BV(self) -> Tensor:
+        """The distribution in which confidence is measured (`Sampling.scoring`)."""
+        return self._probs()
+
+    @cached_property
+    def q_B(self) -> Tensor:
+        """Probability of the token drawn."""
+        return self.probs_BV.gather(1, self.tokens_B.unsqueeze(1)).squeeze(1)
+
+    @cached_property
+    def log_q_B(self) -> Tensor:
+        """Its logarithm."""
+        return self.q_B.log()
+
+    @cached_property
+    def entropy_B(self) -> Tensor:
+        """Entropy of the distribution in nats."""
+        return torch.special.entr(self.probs_BV).sum(1)
 
 
 class StoppingRule(Protocol):
@@ -49,13 +66,11 @@ class StoppingRule(Protocol):
         min_length: the rule is not listened to before this many tokens.
         max_length: drafting ends here at the latest.
         adaptive: whether ``stop`` must be asked at all.
-        needs_q: whether ``stop`` looks at log q and entropy.
     """
 
     min_length: int
     max_length: int
     adaptive: bool
-    needs_q: bool
 
     def limits(self, sample_ids: Sequence[int], starts: Sequence[int]) -> list[int]:
         """The most tokens to draft this round in each row, known before drafting.
@@ -79,7 +94,6 @@ class _Rule:
     """What rules have in common."""
 
     adaptive = True
-    needs_q = True
 
     def __init__(self, min_length: int, max_length: int) -> None:
         if not 1 <= min_length <= max_length:
@@ -98,7 +112,6 @@ class FixedLength(_Rule):
     """Always the same number of tokens; the round needs no read from the device until verification."""
 
     adaptive = False
-    needs_q = False
 
     def __init__(self, length: int) -> None:
         super().__init__(length, length)
@@ -140,8 +153,7 @@ class Confidence(_Product):
 
     def stop(self, step: Step) -> Tensor | None:
         """Too little confidence in the block, or in its last token."""
-        q_B = step.log_q_B.exp()
-        return 1 - q_B > self.threshold if self.per_token else self._exceeds(q_B)
+        return 1 - step.q_B > self.threshold if self.per_token else self._exceeds(step.q_B)
 
 
 class EntropyBound(_Rule):
@@ -166,11 +178,15 @@ class Head(Protocol):
     Attributes:
         state: "producing" (scored with the hidden state that produced the token, known at once) or "consumed" (the
             state after reading the token, the published form, known one draft forward later).
+        features: which of "log_q", "entropy", "step" it reads besides the hidden state; the others are passed as None.
     """
 
     state: str
+    features: Collection[str]
 
-    def score(self, hidden_BH: Tensor, log_q_B: Tensor, entropy_B: Tensor, step_B: Tensor) -> Tensor:
+    def score(
+        self, hidden_BH: Tensor, log_q_B: Tensor | None, entropy_B: Tensor | None, step_B: Tensor | None
+    ) -> Tensor:
         """P(the token is accepted | those before it are): [B]."""
         ...
 
@@ -200,8 +216,13 @@ class AcceptanceHeadRule(_Product):
         self._previous = step
         if scored is None:
             return None
-        number_B = torch.full_like(scored.tokens_B, scored.number)
-        p_B = self.head.score(step.hidden_BH, scored.log_q_B, scored.entropy_B, number_B)
+        reads = self.head.features
+        p_B = self.head.score(
+            step.hidden_BH,
+            scored.log_q_B if "log_q" in reads else None,
+            scored.entropy_B if "entropy" in reads else None,
+            torch.full_like(scored.tokens_B, scored.number) if "step" in reads else None,
+        )
         return self._exceeds(p_B)
 
 
@@ -215,7 +236,6 @@ class Oracle(_Rule):
     """
 
     adaptive = False
-    needs_q = False
 
     def __init__(self, matches: Mapping[int, Sequence[bool]], max_length: int = 12) -> None:
         super().__init__(1, max_length)

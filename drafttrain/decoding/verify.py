@@ -39,6 +39,8 @@ def verify_greedy(choice: Tensor, draft: Draft) -> Verdict:
         choice: int64 [B, K + 1], the target's argmax at each drafted position and after the last.
         draft: K tokens a row.
     """
+    if draft.width == 0:
+        return Verdict(draft.length_B, choice)
     accepted_BK = draft.tokens_BK == choice[:, :-1]
     return Verdict(_leading(accepted_BK, draft), choice)
 
@@ -52,6 +54,8 @@ def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor)
         u_accept_BK: uniforms that decide acceptance.
         u_next: uniforms [B, K + 1] for the token the target adds, by its place in the block.
     """
+    if draft.width == 0:
+        return Verdict(draft.length_B, sample(p, u_next))
     batch, width = draft.tokens_BK.shape
     rows_B = torch.arange(batch, device=p.device)
     tokens_BK1 = draft.tokens_BK.unsqueeze(2)
@@ -70,6 +74,7 @@ def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor)
 
 
 def _leading(accepted_BK: Tensor, draft: Draft) -> Tensor:
+    """How many leading tokens were accepted: int64 [B]."""
     inside_BK = torch.arange(draft.width, device=accepted_BK.device) < draft.length_B.unsqueeze(1)
     return (accepted_BK & inside_BK).cumprod(1).sum(1)
 
@@ -79,8 +84,6 @@ def _residual(p_BV: Tensor, draft: Draft, accepted_B: Tensor) -> Tensor:
 
     A residual without mass means p = q up to rounding, where a rejection has probability zero: then it is p.
     """
-    if draft.width == 0:
-        return p_BV
     column_B1 = accepted_B.clamp(max=draft.width - 1).unsqueeze(1)
     rejected_B1 = (accepted_B < draft.length_B).unsqueeze(1)
     token_B1 = draft.tokens_BK.gather(1, column_B1)

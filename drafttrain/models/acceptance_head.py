@@ -152,6 +152,11 @@ class AcceptanceHead(nn.Module):
         return self.settings.state
 
     @property
+    def features(self) -> tuple[str, ...]:
+        """Which scalars `score` reads besides the state; the decoder computes no others."""
+        return self.settings.features
+
+    @property
     def calibrated(self) -> bool:
         """Whether `score` inverts the loss weighting: P = w P' / (1 - P' + w P'), which adds log w to the logit."""
         return self._calibrated

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class Sampling:
     Attributes:
         temperature: divides the logits; <= 1e-5 is greedy.
         top_k: keep the k most probable tokens (ties with the k-th stay); 0 keeps all.
-        top_p: keep the fewest tokens, most probable first, whose mass reaches top_p; 1 keeps all.
+        top_p: keep the fewest tokens, most probable first, whose mass reaches top_p (ties with the last stay); 1 keeps
+            all.
         min_p: drop tokens less probable than min_p times the most probable; 0 keeps all.
         repetition_penalty: logits of tokens seen before are divided by it when positive and multiplied when
             negative (Keskar et al. 2019); 1 is off.
@@ -70,7 +72,7 @@ class Sampling:
 
     def choose(self, logits_BKV: Tensor, seen_BKV: Tensor | None = None) -> Tensor:
         """The greedy token of every position: int64 [..., K]."""
-        return self._penalise(logits_BKV, seen_BKV).argmax(-1)
+        return self._penalise(logits_BKV, seen_BKV).to(_wide(logits_BKV)).argmax(-1)
 
     def probabilities(self, logits_BKV: Tensor, seen_BKV: Tensor | None = None) -> Tensor:
         """The distribution the next token is drawn from.
@@ -92,14 +94,14 @@ class Sampling:
         if 0 < self.top_k < logits_BKV.shape[-1]:
             kth_BK1 = logits_BKV.topk(self.top_k, dim=-1).values[..., -1:]
             logits_BKV = logits_BKV.masked_fill(logits_BKV < kth_BK1, -torch.inf)
-        if self.top_p < 1.0:
-            logits_BKV = _top_p(logits_BKV, self.top_p)
         probs_BKV = logits_BKV.softmax(-1)
+        if self.top_p == 1.0 and self.min_p == 0.0:
+            return probs_BKV
+        least_BK1 = _least_in_nucleus(probs_BKV, self.top_p)
         if self.min_p > 0.0:
-            least_BK1 = self.min_p * probs_BKV.amax(-1, keepdim=True)
-            probs_BKV = probs_BKV.masked_fill(probs_BKV < least_BK1, 0.0)
-            probs_BKV = probs_BKV / probs_BKV.sum(-1, keepdim=True)
-        return probs_BKV
+            least_BK1 = torch.maximum(least_BK1, self.min_p * probs_BKV.amax(-1, keepdim=True))
+        probs_BKV = probs_BKV.masked_fill(probs_BKV < least_BK1, 0.0)
+        return probs_BKV / probs_BKV.sum(-1, keepdim=True)
 
     def _penalise(self, logits_BKV: Tensor, seen_BKV: Tensor | None) -> Tensor:
         if not self.penalised:
@@ -144,13 +146,19 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _top_p(logits_BKV: Tensor, top_p: float) -> Tensor:
-    """Drop the tokens outside the nucleus (Holtzman et al. 2020); the most probable one always stays.
+def _least_in_nucleus(probs_BKV: Tensor, top_p: float) -> Tensor:
+    """The probability of the last token that is needed to reach ``top_p`` (Holtzman et al. 2020): [..., 1].
 
-    The sort is stable, so which of several equal tokens stays does not depend on the shape of the batch.
+    A token stays if those more probable than it have less mass than top_p, that is if it and those below it have more
+    than the rest. Only values are sorted, which NumPy does ten times faster than torch on a CPU.
     """
-    sorted_BKV, order_BKV = logits_BKV.sort(dim=-1, descending=True, stable=True)
-    probs_BKV = sorted_BKV.softmax(-1)
-    before_BKV = probs_BKV.cumsum(-1) - probs_BKV
-    sorted_BKV = sorted_BKV.masked_fill(before_BKV >= top_p, -torch.inf)
-    return torch.empty_like(logits_BKV).scatter_(-1, order_BKV, sorted_BKV)
+    if top_p == 1.0:
+        return torch.zeros_like(probs_BKV[..., :1])
+    if probs_BKV.device.type == "cpu":
+        rising_BKV = torch.from_numpy(np.sort(probs_BKV.numpy(), axis=-1))
+    else:
+        rising_BKV = probs_BKV.sort(dim=-1).values
+    mass_BKV = rising_BKV.cumsum(-1, dtype=torch.float64)
+    total_BK1 = mass_BKV[..., -1:]
+    index_BK1 = torch.searchsorted(mass_BKV, (1 - top_p) * total_BK1, right=True)
+    return rising_BKV.gather(-1, index_BK1.clamp_(max=probs_BKV.shape[-1] - 1))
