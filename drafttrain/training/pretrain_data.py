@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from drafttrain.evaluation.tasks import KINDS, generate, kinds
 
 CODE = "code"
+ECHO = "echo"
+"""A stretch of random tokens, said again: nothing but copying can predict it, so that copying is learnt first."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Stage:
         steps: optimizer steps, one block each.
         tokens: tokens of a block; a block holds tokens // length rows.
         lengths: row length -> share of the steps.
-        mixture: `code`, a task or a kind -> share of the segments drawn.
+        mixture: `code`, `echo`, a task or a kind -> share of the segments drawn.
         jumps: share of the rows whose positions jump ahead at one or two places, so that short rows also train the
             long distances between positions (the anchor-offset idea, with several gaps).
     """
@@ -93,6 +95,8 @@ class Blocks(Dataset):
     def _segment(self, stage: Stage, room: int, length: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         name = draw.choices(list(stage.mixture), weights=list(stage.mixture.values()))[0]
         size = min(room - 8, int(math.exp(draw.uniform(math.log(128), math.log(length)))))
+        if name == ECHO:
+            return self._echo(draw)
         if name != CODE and size >= 100:
             kind = name if name in KINDS else draw.choice(kinds(name))
             questions = draw.randint(1, max(1, min(12, size // 100)))
@@ -116,6 +120,13 @@ class Blocks(Dataset):
             for token in tokenizer(turn.answer, add_special_tokens=False)["input_ids"]:
                 yield token, 1.0
             yield tokenizer.eos_token_id, 1.0
+
+    def _echo(self, draw: random.Random) -> Iterator[tuple[int, float]]:
+        stretch = [draw.randrange(len(self.tokenizer)) for _ in range(draw.randint(4, 48))]
+        yield self.tokenizer.bos_token_id, 0.0
+        for time in range(draw.randint(2, 4)):
+            for place, token in enumerate(stretch):
+                yield token, float(time > 0 and place > 0)
 
     def _code(self, size: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         start = draw.randrange(len(self.corpus) - size)
