@@ -472,7 +472,7 @@ def _parser(
         epilog=" ".join(notes),
     )
     parser.add_argument("--config", metavar="RECIPE", help="YAML recipe; flags override it")
-    parser.add_argument("--run", metavar="DIR", help="run folder: inputs and outputs by fixed names; write --run-dir under torchrun")
+    parser.add_argument("--run", metavar="DIR", help="run folder; spelt --run-dir under torchrun")
     parser.add_argument("--plan", action="store_true", help="print what would run and what it needs, then exit")
     parser.add_argument("--accept-new-target", action="store_true", help="go on though the target's weights changed")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help=_field_help()["Recipe", "seed"])
