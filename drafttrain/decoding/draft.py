@@ -48,21 +48,21 @@ class Draft:
 
     Attributes:
         tokens_BK: int64 token ids; what lies beyond a row's length is padding.
-        length_B: int64 tokens proposed in each row.
+        length_B: int64 tokens proposed in each row; None means K in all of them, which the host then knows.
         probs_BKV: the dense distribution q each token was drawn from, or None where every token is deterministic. May
             be declared only if a token's presence does not depend on its own value; greedy, copied and beam-selected
             tokens are deterministic.
         sampled_BK: bool, which tokens were drawn from their row of ``probs_BKV``; None means all of them.
         source: who proposed the tokens: one label, or one a token ([B][K]).
-        forwards: forward passes spent in each row, by member: int64 [B].
+        forwards: forward passes spent in each row, by member: int64 [B], or one number for all rows.
     """
 
     tokens_BK: Tensor
-    length_B: Tensor
+    length_B: Tensor | None = None
     probs_BKV: Tensor | None = None
     sampled_BK: Tensor | None = None
     source: str | list[list[str]] = "drafter"
-    forwards: dict[str, Tensor] = field(default_factory=dict)
+    forwards: dict[str, Tensor | int] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -71,8 +71,16 @@ class Draft:
 
     def rows(self) -> list[list[int]]:
         """The proposed tokens of each row as lists. Reads from the device."""
-        lengths = self.length_B.tolist()
-        return [row[:length] for row, length in zip(self.tokens_BK.tolist(), lengths, strict=True)]
+        rows = self.tokens_BK.tolist()
+        if self.length_B is None:
+            return rows
+        return [row[:length] for row, length in zip(rows, self.length_B.tolist(), strict=True)]
+
+    def inside(self) -> Tensor | None:
+        """Which columns hold a row's tokens: bool [B, K], None if all do."""
+        if self.length_B is None:
+            return None
+        return torch.arange(self.width, device=self.tokens_BK.device) < self.length_B.unsqueeze(1)
 
     def label(self, row: int, column: int) -> str:
         """Who proposed a token."""
@@ -82,17 +90,14 @@ class Draft:
         """The same draft on another device."""
         if self.tokens_BK.device == device:
             return self
-        moved = {
-            name: value.to(device)
-            for name in ("tokens_BK", "length_B", "probs_BKV", "sampled_BK")
-            if (value := getattr(self, name)) is not None
+        names = ("tokens_BK", "length_B", "probs_BKV", "sampled_BK")
+        moved = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
+        forwards = {
+            name: count if isinstance(count, int) else count.to(device) for name, count in self.forwards.items()
         }
-        return replace(self, **moved, forwards={name: count.to(device) for name, count in self.forwards.items()})
+        return replace(self, **moved, forwards=forwards)
 
     @staticmethod
     def empty(rows: int, device: torch.device) -> Draft:
         """A draft without tokens: the round is then one step of autoregressive decoding."""
-        return Draft(
-            torch.zeros(rows, 0, dtype=torch.int64, device=device),
-            torch.zeros(rows, dtype=torch.int64, device=device),
-        )
+        return Draft(torch.zeros(rows, 0, dtype=torch.int64, device=device))

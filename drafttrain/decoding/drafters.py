@@ -174,9 +174,11 @@ class ModelDrafter:
         width = min(self.max_length, max(limits))
         if width <= 0:
             return Draft.empty(len(texts), self.engine.device)
-        return _Round(self, committed, prefix, [min(limit, width) for limit in limits], width).run(
-            *self._pending(texts), random.at("draft", starts, width).to(self.engine.device)
-        )
+        u_BK = None
+        if not self._setting.sampling.greedy:
+            u_BK = random.at("draft", starts, width).to(self.engine.device)
+        block = _Round(self, committed, prefix, [min(limit, width) for limit in limits], width)
+        return block.run(*self._pending(texts), u_BK)
 
     def score(self, committed: Committed, draft: Draft) -> Tensor:
         """Logits for another's tokens; they are read into the cache and stay until the next commit."""
@@ -213,83 +215,94 @@ class _Round:
     def __init__(
         self, drafter: ModelDrafter, committed: Committed, prefix: Draft | None, limits: list[int], width: int
     ) -> None:
-        self.drafter = drafter
         self.engine = drafter.engine
         self.cache = drafter.cache
         self.rule = drafter.stop
+        self.name = drafter.name
+        self.check_every = drafter.check_every
         self.sampling = drafter._setting.sampling
-        self.vocabulary = drafter._setting.vocabulary
         self.eos_ids = drafter._setting.eos_ids
+        self.vocabulary = min(drafter._setting.vocabulary, drafter.engine.vocabulary)
         self.limits = limits
-        self.ragged = min(limits) < width
         self.width = width
+        self.ragged = min(limits) < width
         self.seen_BV = None
         if self.sampling.penalised:
-            self.seen_BV = _seen_with(committed, prefix).to(self.engine.device)
+            self.seen_BV = _seen_with(committed, prefix).to(drafter.engine.device)
 
-    def run(self, tokens_BQ: Tensor, counts: list[int] | None, u_BK: Tensor) -> Draft:
-        """Draft up to ``width`` tokens behind the pending ones."""
-        rule, adaptive = self.rule, self.rule.adaptive
-        device = tokens_BQ.device
+    def run(self, tokens_BQ: Tensor, counts: list[int] | None, u_BK: Tensor | None) -> Draft:
+        """Draft up to ``width`` tokens behind the pending ones; ``u_BK`` is needed to sample."""
+        adaptive, single = self.rule.adaptive, len(self.limits) == 1 and self.check_every == 1
+        going_B = length_B = None  # for a single row the host knows
+        if self.ragged or (adaptive and not single):
+            length_B = torch.tensor(self.limits, device=tokens_BQ.device)
+            going_B = length_B > 0
+        if adaptive:
+            self.rule.begin(len(self.limits))
+            length_B = None if single else going_B.long()
         drawn: list[Tensor] = []
         probs: list[Tensor] = []
-        limit_B = length_B = torch.tensor(self.limits, device=device)
-        going_B = limit_B > 0 if adaptive else None
-        rule.begin(len(self.limits))
         for number in range(1, self.width + 1):
             output = self.engine.forward(self.cache, tokens_BQ, counts, keep="last")
             counts = None
-            logits_BV = output.logits[:, 0, : self.vocabulary]
-            tokens_B, probs_BV = self._draw(logits_BV, u_BK[:, number - 1])
-            drawn.append(tokens_B)
+            logits_BV = output.logits[:, 0] if self.vocabulary == self.engine.vocabulary else self._cut(output.logits)
+            tokens_B, probs_BV = self._draw(logits_BV, number, u_BK)
+            tokens_BQ = tokens_B.unsqueeze(1)
+            drawn.append(tokens_BQ)
             if probs_BV is not None:
                 probs.append(probs_BV)
-            tokens_BQ = tokens_B.unsqueeze(1)
-            if self.seen_BV is not None:
-                self.seen_BV.scatter_(1, tokens_BQ, True)
-            if adaptive:
-                length_B = going_B.long() if number == 1 else length_B + going_B
-                if number < self.width:
-                    going_B = self._going(number, tokens_B, output.hidden[:, 0], logits_BV, probs_BV, going_B, limit_B)
-                    if number % self.drafter.check_every == 0 and not going_B.any():
+            if adaptive and number < self.width:
+                stop_B = self._stop(number, tokens_B, output.hidden[:, 0], logits_BV, probs_BV)
+                if not single:
+                    going_B = self._going(going_B, stop_B, number)
+                    if number % self.check_every == 0 and not going_B.any():
                         break
+                    length_B = length_B + going_B
+                elif stop_B is not None and stop_B:
+                    break
         return Draft(
-            torch.stack(drawn, 1),
+            torch.cat(drawn, 1),
             length_B,
             torch.stack(probs, 1) if probs else None,
-            source=self.drafter.name,
-            forwards={self.drafter.name: length_B},
+            source=self.name,
+            forwards={self.name: len(drawn) if length_B is None else length_B},
         )
 
-    def _draw(self, logits_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.sampling.greedy:
-            return self.sampling.choose(logits_BV, self.seen_BV), None
-        probs_BV = self.sampling.probabilities(logits_BV, self.seen_BV)
-        return sample(probs_BV, u_B), probs_BV
+    def _cut(self, logits_BKV: Tensor) -> Tensor:
+        return logits_BKV[:, 0, : self.vocabulary]
 
-    def _going(
-        self,
-        number: int,
-        tokens_B: Tensor,
-        hidden_BH: Tensor,
-        logits_BV: Tensor,
-        probs_BV: Tensor | None,
-        going_B: Tensor,
-        limit_B: Tensor,
-    ) -> Tensor:
-        """Which rows draw another token."""
+    def _draw(self, logits_BV: Tensor, number: int, u_BK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The next token [B] and, when sampling, the distribution it was drawn from [B, V]."""
+        probs_BV = None
+        if u_BK is None:
+            tokens_B = self.sampling.choose(logits_BV, self.seen_BV)
+        else:
+            probs_BV = self.sampling.probabilities(logits_BV, self.seen_BV)
+            tokens_B = sample(probs_BV, u_BK[:, number - 1])
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, tokens_B.unsqueeze(1), True)
+        return tokens_B, probs_BV
+
+    def _stop(
+        self, number: int, tokens_B: Tensor, hidden_BH: Tensor, logits_BV: Tensor, probs_BV: Tensor | None
+    ) -> Tensor | None:
+        """Which rows end with the token just drawn: bool [B], None for no row."""
 
         def scoring() -> Tensor:
             return self.sampling.scoring.probabilities(logits_BV) if probs_BV is None else probs_BV
 
         stop_B = self.rule.stop(Step(number, tokens_B, hidden_BH, scoring))
-        if self.ragged:
-            going_B = going_B & (limit_B > number)
-        if stop_B is not None and number >= self.rule.min_length:
-            going_B = going_B & ~stop_B
+        if number < self.rule.min_length:
+            stop_B = None
         for eos in self.eos_ids:
-            going_B = going_B & (tokens_B != eos)
-        return going_B
+            stop_B = tokens_B == eos if stop_B is None else stop_B | (tokens_B == eos)
+        return stop_B
+
+    def _going(self, going_B: Tensor, stop_B: Tensor | None, number: int) -> Tensor:
+        """Which rows draw another token."""
+        if self.ragged:
+            going_B = going_B & (torch.tensor(self.limits, device=going_B.device) > number)
+        return going_B if stop_B is None else going_B & ~stop_B
 
 
 def _extended(texts: list[list[int]], prefix: Draft | None) -> list[list[int]]:
@@ -303,4 +316,6 @@ def _seen_with(committed: Committed, prefix: Draft | None) -> Tensor:
     if prefix is None or prefix.width == 0:
         return committed.seen_BV.clone()
     seen_BKV = seen_along(committed.seen_BV, prefix.tokens_BK)
+    if prefix.length_B is None:
+        return seen_BKV[:, -1]
     return seen_BKV[torch.arange(len(seen_BKV), device=seen_BKV.device), prefix.length_B]

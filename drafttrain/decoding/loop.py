@@ -166,7 +166,8 @@ class Decoder:
         """Draft and verify.
 
         Returns:
-            the draft, and per row what the host must know: accepted, drafted, forwards by member, emitted tokens.
+            the draft, and per row what the host must know: accepted, drafted, forwards by member, emitted tokens (and
+            padding).
         """
         budget = [row.limit - len(row.tokens) - 1 for row in rows]
         draft = None
@@ -177,13 +178,23 @@ class Decoder:
             draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
         verdict = self._verify(self.target.forward(self._cache, block).logits, committed, draft, draws)
+        return draft, self._read(draft, verdict)
+
+    def _read(self, draft: Draft, verdict: Verdict) -> list[list[int]]:
+        """The one read from the device of a round."""
         if draft.width == 0:
-            return draft, [[0, 0, token] for (token,) in verdict.emitted.tolist()]
-        columns = [verdict.accepted_B, draft.length_B, *draft.forwards.values()]
-        return draft, torch.cat([torch.stack(columns, 1), verdict.emitted], 1).tolist()
+            return [[0, 0, token] for (token,) in verdict.emitted.tolist()]
+        accepted_B1 = verdict.accepted_B.unsqueeze(1)
+        if draft.length_B is None and all(isinstance(count, int) for count in draft.forwards.values()):
+            known = [draft.width, *draft.forwards.values()]
+            reply = torch.cat([accepted_B1, verdict.emitted], 1).tolist()
+            return [[accepted, *known, *tokens] for accepted, *tokens in reply]
+        counts = [draft.width if draft.length_B is None else draft.length_B, *draft.forwards.values()]
+        columns = [torch.as_tensor(count, device=accepted_B1.device).expand(len(accepted_B1)) for count in counts]
+        return torch.cat([accepted_B1, torch.stack(columns, 1), verdict.emitted], 1).tolist()
 
     def _no_draft(self, rows: int) -> Draft:
-        if self._empty is None or len(self._empty.length_B) != rows:
+        if self._empty is None or len(self._empty.tokens_BK) != rows:
             self._empty = Draft.empty(rows, self.target.device)
         return self._empty
 
@@ -200,7 +211,7 @@ class Decoder:
         self, committed: Committed, rows: list[_Row], draft: Draft, reply: list[list[int]], started: float
     ) -> None:
         """Emit the round's tokens, end rows, and roll the caches back to what is committed."""
-        names = list(draft.forwards)
+        names = list(draft.forwards) if draft.width else []
         read = [length - draft.width - 1 for length in self._cache.lengths]  # before the round's forward
         emitted: list[list[int]] = []
         agreed: list[int] = []

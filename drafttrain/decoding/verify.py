@@ -40,9 +40,8 @@ def verify_greedy(choice: Tensor, draft: Draft) -> Verdict:
         draft: K tokens a row.
     """
     if draft.width == 0:
-        return Verdict(draft.length_B, choice)
-    accepted_BK = draft.tokens_BK == choice[:, :-1]
-    return Verdict(_leading(accepted_BK, draft), choice)
+        return Verdict(choice.new_zeros(len(choice)), choice)
+    return Verdict(_leading(draft.tokens_BK == choice[:, :-1], draft), choice)
 
 
 def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor) -> Verdict:
@@ -55,11 +54,9 @@ def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor)
         u_next: uniforms [B, K + 1] for the token the target adds, by its place in the block.
     """
     if draft.width == 0:
-        return Verdict(draft.length_B, sample(p, u_next))
-    batch, width = draft.tokens_BK.shape
-    rows_B = torch.arange(batch, device=p.device)
+        return Verdict(draft.tokens_BK.new_zeros(len(p)), sample(p, u_next))
     tokens_BK1 = draft.tokens_BK.unsqueeze(2)
-    p_BK = p[:, :width].gather(2, tokens_BK1).squeeze(2)
+    p_BK = p[:, :-1].gather(2, tokens_BK1).squeeze(2)
     threshold_BK = u_accept_BK
     if draft.probs_BKV is not None:
         q_BK = draft.probs_BKV.gather(2, tokens_BK1).squeeze(2)
@@ -67,16 +64,25 @@ def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor)
             q_BK = q_BK.masked_fill(~draft.sampled_BK, 1.0)
         threshold_BK = u_accept_BK * q_BK
     accepted_B = _leading(threshold_BK < p_BK, draft)
-    p_BV = p[rows_B, accepted_B]
-    next_B = sample(_residual(p_BV, draft, accepted_B), u_next[rows_B, accepted_B])
+    p_BV = _at(p, accepted_B)
+    next_B = sample(_residual(p_BV, draft, accepted_B), _at(u_next, accepted_B))
     emitted = pad(draft.tokens_BK, (0, 1)).scatter_(1, accepted_B.unsqueeze(1), next_B.unsqueeze(1))
     return Verdict(accepted_B, emitted)
 
 
 def _leading(accepted_BK: Tensor, draft: Draft) -> Tensor:
     """How many leading tokens were accepted: int64 [B]."""
-    inside_BK = torch.arange(draft.width, device=accepted_BK.device) < draft.length_B.unsqueeze(1)
-    return (accepted_BK & inside_BK).cumprod(1).sum(1)
+    inside_BK = draft.inside()
+    if inside_BK is not None:
+        accepted_BK = accepted_BK & inside_BK
+    return accepted_BK.cumprod(1).sum(1)
+
+
+def _at(x: Tensor, index_B: Tensor) -> Tensor:
+    """x[b, index[b]] of [B, K, ...]; a plain selection for a single row, where advanced indexing costs more."""
+    if len(x) == 1:
+        return x[0].index_select(0, index_B)
+    return x[torch.arange(len(x), device=x.device), index_B]
 
 
 def _residual(p_BV: Tensor, draft: Draft, accepted_B: Tensor) -> Tensor:
@@ -84,17 +90,26 @@ def _residual(p_BV: Tensor, draft: Draft, accepted_B: Tensor) -> Tensor:
 
     A residual without mass means p = q up to rounding, where a rejection has probability zero: then it is p.
     """
-    column_B1 = accepted_B.clamp(max=draft.width - 1).unsqueeze(1)
-    rejected_B1 = (accepted_B < draft.length_B).unsqueeze(1)
-    token_B1 = draft.tokens_BK.gather(1, column_B1)
-    if draft.probs_BKV is None:
-        q_BV = torch.zeros_like(p_BV).scatter_(1, token_B1, 1.0)
-    else:
-        q_BV = draft.probs_BKV[torch.arange(len(p_BV), device=p_BV.device), column_B1[:, 0]]
-        q_BV = pad(q_BV, (0, p_BV.shape[1] - q_BV.shape[1]))
-        if draft.sampled_BK is not None:
-            one_hot_BV = torch.zeros_like(q_BV).scatter_(1, token_B1, 1.0)
-            q_BV = torch.where(draft.sampled_BK.gather(1, column_B1), q_BV, one_hot_BV)
-    residual_BV = (p_BV - q_BV).clamp_(min=0)
-    usable_B1 = rejected_B1 & (residual_BV.sum(1, keepdim=True) > 0)
-    return torch.where(usable_B1, residual_BV, p_BV)
+    length = draft.width if draft.length_B is None else draft.length_B
+    rejected_B = accepted_B < length
+    column_B = accepted_B.clamp(max=draft.width - 1)
+    residual_BV = (p_BV - _proposal(draft, column_B, p_BV)).clamp_(min=0)
+    usable_B = rejected_B & (residual_BV.sum(1) > 0)
+    return torch.where(usable_B.unsqueeze(1), residual_BV, p_BV)
+
+
+def _proposal(draft: Draft, column_B: Tensor, like_BV: Tensor) -> Tensor:
+    """The distribution that one token of each row was proposed from: [B, V], one-hot for deterministic tokens."""
+    q_BV = one_hot_BV = None
+    if draft.probs_BKV is not None:
+        q_BV = _at(draft.probs_BKV, column_B)
+        missing = like_BV.shape[1] - q_BV.shape[1]
+        q_BV = pad(q_BV, (0, missing)) if missing else q_BV
+    if draft.probs_BKV is None or draft.sampled_BK is not None:
+        token_B1 = _at(draft.tokens_BK, column_B).unsqueeze(1)
+        one_hot_BV = torch.zeros_like(like_BV).scatter_(1, token_B1, 1.0)
+    if q_BV is None:
+        return one_hot_BV
+    if one_hot_BV is None:
+        return q_BV
+    return torch.where(_at(draft.sampled_BK, column_B).unsqueeze(1), q_BV, one_hot_BV)
