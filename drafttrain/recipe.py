@@ -224,6 +224,8 @@ class HeadConfig:
     """most tokens drafted per round"""
     threshold: float = between(0.0, 1.0, 0.7)
     """drafting stops when the predicted probability of a rejection so far exceeds this (h)"""
+    folder: str = "head"
+    """its folder in the run folder; another name keeps several heads of a pair side by side"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """passed on to transformers.TrainingArguments"""
 

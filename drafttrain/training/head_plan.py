@@ -11,10 +11,8 @@ from drafttrain.config import Parsed
 from drafttrain.distributed import say
 from drafttrain.errors import UserError
 from drafttrain.models.acceptance_head import AcceptanceHead
-from drafttrain.run_folder import RunFolder
 from drafttrain.training.head_data import HeadDataset, Trace, make_examples
 from drafttrain.training.head_program import (
-    WORK_FOLDER,
     Inputs,
     global_batch,
     head_arguments,
@@ -35,11 +33,11 @@ def plan(parsed: Parsed) -> None:
     """
     sections = {name: parsed.resolved[name] for name in ("drafter", "traces", "head", "seed")}
     say(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).rstrip())
-    inputs, run = read_inputs(parsed), RunFolder(parsed.run)
+    inputs = read_inputs(parsed)
     say("\n--- one example; [[ ]] marks drafted tokens that are trained on, -> what the target said instead ---")
     say(render(inputs, parsed.recipe.seed))
     say("\n--- what would run ---")
-    for line in (*_data(inputs), *_work(parsed, inputs, run)):
+    for line in (*_data(inputs), *_work(parsed, inputs)):
         say(line)
 
 
@@ -84,10 +82,10 @@ def _data(inputs: Inputs) -> list[str]:
     return [*lines, f"labels: {way}; states: {inputs.config.state}; data: {inputs.config.data}"]
 
 
-def _work(parsed: Parsed, inputs: Inputs, run: RunFolder) -> list[str]:
-    if is_finished(run, inputs.key):
-        return [f"nothing: {run.head} is already trained with these settings"]
-    arguments = head_arguments(parsed.recipe, inputs, run.path / WORK_FOLDER)
+def _work(parsed: Parsed, inputs: Inputs) -> list[str]:
+    if is_finished(inputs):
+        return [f"nothing: {inputs.folder} is already trained with these settings"]
+    arguments = head_arguments(parsed.recipe, inputs)
     head = start_head(parsed.recipe.head, inputs.config, parsed.accept_new_target)
     batch = global_batch(arguments)
     steps = math.ceil(len(inputs.train) / batch) * math.ceil(arguments.num_train_epochs)
@@ -96,19 +94,17 @@ def _work(parsed: Parsed, inputs: Inputs, run: RunFolder) -> list[str]:
         f"head: {_count(head):,} parameters, depth {inputs.config.depth}{' tied' if inputs.config.tied else ''}",
         f"training: {steps} steps of {batch} responses, learning rate {arguments.learning_rate:g}",
         f"memory: {_gigabytes(_memory(inputs, head))} for drafter, head and optimizer, and one batch of states",
-        *_disk(parsed, inputs, run),
+        *_disk(parsed, inputs),
     ]
 
 
-def _disk(parsed: Parsed, inputs: Inputs, run: RunFolder) -> list[str]:
+def _disk(parsed: Parsed, inputs: Inputs) -> list[str]:
     states = DrafterStates(inputs.drafter.model, inputs.config)
     if inputs.config.data == "mixed":
         return ["disk: the head only; with token mixing the drafter runs in every epoch"]
     dataset = HeadDataset(inputs.train, inputs.layout, inputs.config, parsed.recipe.seed)
     needed = StateStore.bytes_needed(dataset, states)
-    place = run.path.absolute()
-    while not place.exists():
-        place = place.parent
+    place = inputs.folder.parent
     if StateStore.fits(place, needed):
         return [f"disk: {_gigabytes(needed)} for the drafter's states while training"]
     free = shutil.disk_usage(place).free

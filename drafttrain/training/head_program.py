@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from drafttrain.training.head_trainer import HeadTrainer, States
 
-WORK_FOLDER = "head-training"
-"""Folder of the run with the Trainer's checkpoints and the drafter's states; only the finished head goes to head/."""
-
 METRICS = "metrics.json"
 
 
@@ -43,6 +40,8 @@ class Inputs:
         config: of the head to be trained.
         layout: how the traces are read.
         train, tune: records of the two splits.
+        folder: where the head goes.
+        work: the Trainer's checkpoints and the drafter's states, kept apart from the finished head.
         key: changes with anything that changes the head.
     """
 
@@ -51,6 +50,8 @@ class Inputs:
     layout: Layout
     train: Dataset
     tune: Dataset
+    folder: Path
+    work: Path
     key: str
 
 
@@ -74,7 +75,9 @@ def read_inputs(parsed: Parsed) -> Inputs:
     train, tune = (_split(records, name) for name in ("train", "tune"))
     if not any(len(ids) for ids in train["response_ids"]):
         raise UserError(f"{run.traces} holds no drafted token of the split train to learn from; trace more responses.")
-    return Inputs(drafter, config, layout, train, tune, _key(recipe, manifest, drafter))
+    name = _folder_name(recipe.head.folder)
+    places = (run.path / name, run.path / f"{name}-training")
+    return Inputs(drafter, config, layout, train, tune, *places, _key(recipe, manifest, drafter))
 
 
 def drafter_path(run: RunFolder, recipe: Recipe) -> str:
@@ -121,28 +124,27 @@ def train_head(parsed: Parsed) -> None:
     """
     run = RunFolder(parsed.run).create()
     inputs = read_inputs(parsed)
-    if is_finished(run, inputs.key):
-        say(f"{run.head} is already trained with these settings.")
+    if is_finished(inputs):
+        say(f"{inputs.folder} is already trained with these settings.")
         return
     from drafttrain.training.head_trainer import last_checkpoint
 
     run.record(parsed, "drafttrain/train_head.py")
-    folder = run.path / WORK_FOLDER
-    _clear_unless_same(folder, inputs.key)
-    trainer, stores = make_trainer(parsed.recipe, inputs, folder, accept_new_target=parsed.accept_new_target)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    _clear_unless_same(inputs.work, inputs.key)
+    trainer, stores = make_trainer(parsed.recipe, inputs, parsed.accept_new_target)
+    trainer.train(resume_from_checkpoint=last_checkpoint(inputs.work))
     head = trainer.trained_head()
     metrics = judge(trainer)
     if is_main():
-        save_head(run.head, head, metrics, parsed, inputs)
+        save_head(head, metrics, parsed, inputs)
     barrier()
     for store in stores:
         store.delete()
-    say(_summary(metrics, run))
+    say(_summary(metrics, inputs.folder))
 
 
 def make_trainer(
-    recipe: Recipe, inputs: Inputs, folder: Path, accept_new_target: bool = False
+    recipe: Recipe, inputs: Inputs, accept_new_target: bool = False
 ) -> tuple[HeadTrainer, list[Any]]:
     """The Trainer, ready to run, and the state stores that it reads (to be deleted afterwards)."""
     from transformers import set_seed
@@ -151,23 +153,23 @@ def make_trainer(
     from drafttrain.training.head_data import features_and_labels
     from drafttrain.training.head_trainer import HeadTrainer, HeldOut
 
-    arguments = head_arguments(recipe, inputs, folder)
+    arguments = head_arguments(recipe, inputs)
     set_seed(recipe.seed)
     head = start_head(recipe.head, inputs.config, accept_new_target)
     train = HeadDataset(inputs.train, inputs.layout, inputs.config, recipe.seed, global_batch(arguments))
     exact = dataclasses.replace(inputs.config, data="exact", mixing=0.0)
     tune = HeadDataset(inputs.tune, inputs.layout, exact, recipe.seed, shuffle=False)
-    train_states, stores = _states(folder, "train", train, inputs)
+    train_states, stores = _states("train", train, inputs)
     held_out = None
     if len(inputs.tune):
-        tune_states, tune_stores = _states(folder, "tune", tune, inputs)
+        tune_states, tune_stores = _states("tune", tune, inputs)
         stores += tune_stores
         baselines = calibration.Baselines(*features_and_labels(train))
         held_out = HeldOut(tune, tune_states, baselines)
     return HeadTrainer(head, arguments, train, train_states, held_out), stores
 
 
-def head_arguments(recipe: Recipe, inputs: Inputs, folder: Path) -> TrainingArguments:
+def head_arguments(recipe: Recipe, inputs: Inputs) -> TrainingArguments:
     """TrainingArguments of the head; without held-out responses nothing is evaluated."""
     from drafttrain.training.head_trainer import DEFAULTS, FIXED
 
@@ -176,7 +178,7 @@ def head_arguments(recipe: Recipe, inputs: Inputs, folder: Path) -> TrainingArgu
         say("no responses of the split tune: the head is neither evaluated nor is its best epoch chosen.")
         defaults |= {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
     fixed = FIXED | {"seed": recipe.seed}
-    return training_arguments(recipe.head.arguments, folder, "head", defaults, **fixed)
+    return training_arguments(recipe.head.arguments, inputs.work, "head", defaults, **fixed)
 
 
 def global_batch(arguments: TrainingArguments) -> int:
@@ -217,7 +219,7 @@ def judge(trainer: HeadTrainer) -> dict[str, Any]:
 _CURVE = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
-def save_head(folder: Path, head: AcceptanceHead, metrics: dict[str, Any], parsed: Parsed, inputs: Inputs) -> None:
+def save_head(head: AcceptanceHead, metrics: dict[str, Any], parsed: Parsed, inputs: Inputs) -> None:
     """Write head, metrics.json, drafttrain.json and model card, whole or not at all."""
     info = CheckpointInfo(
         kind="acceptance_head",
@@ -230,14 +232,14 @@ def save_head(folder: Path, head: AcceptanceHead, metrics: dict[str, Any], parse
         ),
         extra={"drafter": inputs.config.drafter.to_dict(), "key": inputs.key},
     )
-    save_checkpoint(folder, _WithMetrics(head, metrics), None, info)
+    save_checkpoint(inputs.folder, _WithMetrics(head, metrics), None, info)
 
 
-def is_finished(run: RunFolder, key: str) -> bool:
-    """Whether the run's head was made with these settings from these traces."""
-    if not (run.head / "drafttrain.json").is_file():
+def is_finished(inputs: Inputs) -> bool:
+    """Whether the head is there, made with these settings from these traces."""
+    if not (inputs.folder / "drafttrain.json").is_file():
         return False
-    return read_info(run.head).extra.get("key") == key and load_config(run.head) is not None
+    return read_info(inputs.folder).extra.get("key") == inputs.key and load_config(inputs.folder) is not None
 
 
 class _WithMetrics:
@@ -252,25 +254,31 @@ class _WithMetrics:
         (folder / METRICS).write_text(json.dumps(self._metrics, indent=1) + "\n", encoding="utf-8")
 
 
-def _states(folder: Path, name: str, dataset: HeadDataset, inputs: Inputs) -> tuple[States, list[Any]]:
+def _states(name: str, dataset: HeadDataset, inputs: Inputs) -> tuple[States, list[Any]]:
     """States of a data set, from a store where they stay the same and the disk has room; with the store, if any."""
     from drafttrain.training.head_states import DrafterStates, StateStore
 
     states = DrafterStates(inputs.drafter.model, dataset.config)
     if dataset.config.data == "mixed":
         return states, []
-    folder.mkdir(parents=True, exist_ok=True)
-    if not StateStore.fits(folder, StateStore.bytes_needed(dataset, states)):
-        say(f"{name}: the drafter's states do not fit on the disk of {folder}; they are computed anew in every epoch.")
+    if not StateStore.fits(inputs.work, StateStore.bytes_needed(dataset, states)):
+        say(f"{name}: the drafter's states do not fit on the disk of {inputs.work}; they are computed in every epoch.")
         return states, []
     key = f"{inputs.key} {name} {dataset.config.state} {dataset.config.data}"
-    store = StateStore(folder / f"states-{name}.bin", states, dataset, key)
+    store = StateStore(inputs.work / f"states-{name}.bin", states, dataset, key)
     return store, [store]
 
 
 def _split(records: Dataset, name: str) -> Dataset:
     rows = [row for row, split in enumerate(records["split"]) if split == name]
     return records.select(rows)
+
+
+def _folder_name(name: str) -> str:
+    taken = {"prompts", "responses", "drafter", "traces", "plots", "samples"}
+    if not name or name in taken or name != Path(name).name:
+        raise UserError(f"head.folder is {name!r}, but it must be a plain name that no other step uses.")
+    return name
 
 
 def _key(recipe: Recipe, manifest: dict[str, Any], drafter: Loaded) -> str:
@@ -303,8 +311,8 @@ def _headline(metrics: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _summary(metrics: dict[str, Any], run: RunFolder) -> str:
-    lines = [f"acceptance head in {run.head}"]
+def _summary(metrics: dict[str, Any], folder: Path) -> str:
+    lines = [f"acceptance head in {folder}"]
     predictors = metrics.get("predictors", {})
     if predictors:
         lines.append(f"held out: {metrics['tokens']} drafted tokens, {metrics['accepted']:.1%} accepted")
