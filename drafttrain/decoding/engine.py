@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drafttrain.errors import UserError
-from drafttrain.ops.attention import NAME, prepare_mask
+from drafttrain.ops.attention import attending, prepare_mask
 from drafttrain.ops.cache import DenseCache
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -105,9 +105,7 @@ class Engine:
             for kind, window in self.windows.items()
         }
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        config, usual = self.config, self.config._attn_implementation
-        config._attn_implementation = NAME  # for this pass only: others use the same model with their own attention
-        try:
+        with attending(self.config):
             hidden_BQH = self._body(
                 input_ids=tokens_BQ,
                 attention_mask=mask,
@@ -115,8 +113,6 @@ class Engine:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        finally:
-            config._attn_implementation = usual
         cache.advance(counts)
         if keep is None:
             return Output(None, hidden_BQH)
