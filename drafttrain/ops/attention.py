@@ -131,7 +131,10 @@ def _capped_attention(
     scores = query @ key.transpose(2, 3) * scaling
     scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        if mask.dtype == torch.bool:  # another caller's: its padding rows may see nothing at all, so no -inf
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     return scores.softmax(-1, dtype=wide).to(query.dtype) @ value
 

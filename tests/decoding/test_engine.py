@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from drafttrain.decoding.engine import Engine, pad
+from drafttrain.errors import UserError
+from tests.conftest import build_llama
+
+ROWS = [[5, 9, 3, 7, 2], [8, 1], [4, 4, 6]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_llama(40, layers=2)
+
+
+def test_the_hidden_state_is_the_last_one_after_the_norm(model):
+    engine = Engine(model)
+    with torch.inference_mode():
+        output = engine.forward(engine.new_cache(1), torch.tensor([ROWS[0]]))
+        own = model(torch.tensor([ROWS[0]]), output_hidden_states=True)
+    assert (output.hidden - own.hidden_states[-1]).abs().max() < 1e-5
+    assert (output.logits - own.logits).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_last_means_the_last_real_token_of_each_row(model):
+    engine = Engine(model)
+    tokens, counts = pad(ROWS, engine.device)
+    every = engine.forward(engine.new_cache(3), tokens, counts)
+    last = engine.forward(engine.new_cache(3), tokens, counts, keep="last")
+    for row, count in enumerate(counts):
+        assert torch.allclose(last.logits[row, 0], every.logits[row, count - 1])
+        assert torch.allclose(last.hidden[row, 0], every.hidden[row, count - 1])
+
+
+@torch.inference_mode()
+def test_padding_is_overwritten_by_what_comes_next(model):
+    engine = Engine(model)
+    cache = engine.new_cache(3)
+    tokens, counts = pad(ROWS, engine.device)
+    engine.forward(cache, tokens, counts, keep=None)
+    assert cache.lengths == [5, 2, 3]
+    ragged = engine.forward(cache, torch.tensor([[11], [12], [13]])).logits
+    for row, (text, token) in enumerate(zip(ROWS, (11, 12, 13), strict=True)):
+        alone = engine.forward(engine.new_cache(1), torch.tensor([[*text, token]]), keep="last").logits
+        assert torch.allclose(ragged[row], alone[0], atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_reading_in_chunks_changes_nothing(model, chunk):
+    engine = Engine(model, chunk=chunk)
+    cache = engine.new_cache(3)
+    engine.read(cache, ROWS)
+    whole = Engine(model)
+    expected = whole.new_cache(3)
+    whole.read(expected, ROWS)
+    step = torch.tensor([[1], [2], [3]])
+    assert torch.allclose(engine.forward(cache, step).logits, whole.forward(expected, step).logits, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_padding_rows_of_the_vocabulary_are_cut_off(model):
+    narrow = Engine(model, vocabulary=30)
+    tokens = torch.tensor([ROWS[0]])
+    logits = narrow.forward(narrow.new_cache(1), tokens).logits
+    whole = Engine(model)
+    assert torch.equal(logits, whole.forward(whole.new_cache(1), tokens).logits[..., :30])
+    with pytest.raises(UserError, match="41 tokens does not fit a model with 40"):
+        Engine(model, vocabulary=41)
+
+
+def test_decoding_puts_a_model_in_evaluation_mode(model):
+    model.train()
+    Engine(model).new_cache(1)
+    assert not model.training
+
+
+def test_layers_that_cannot_be_rolled_back_are_refused():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=2))
+    with pytest.raises(UserError, match="mamba"):
+        Engine(mamba)
