@@ -29,7 +29,8 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 
 def _lossless(argv: Sequence[str]) -> None:
-    parsed = _parse(_lossless_help, "lossless", (*_PAIR, "head", "evaluate"), argv)
+    aliases = {"--method": "--evaluate.methods+"}
+    parsed = _parse(_lossless_help, "lossless", (*_PAIR, "head", "evaluate"), argv, aliases)
     from drafttrain.evaluation.lossless import command
 
     command(parsed)

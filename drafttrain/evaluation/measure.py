@@ -9,7 +9,7 @@ says nothing of the method. What is left out is the same share for every method,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -45,20 +45,37 @@ def costs_of(method: Timings, baseline: Timings, verify: Sequence[float]) -> Cos
 def verify_costs(timings: Iterable[Timings], baseline: Timings, widths: int) -> list[float]:
     """v(1) .. v(widths), widths that did not occur by straight lines between those that did.
 
-    Beyond the widest one seen the last slope goes on. v(1) is the autoregressive forward.
+    Beyond the widest one seen the mean slope goes on. A wider forward costs no less than a narrower one: where a few
+    rounds say otherwise it is noise, and neighbours are pooled by their numbers of rounds.
     """
     unit = step_seconds(baseline)
     seen: dict[int, list[Round]] = {}
     for each in [each for one in timings for each in one.rounds] + baseline.rounds:
         seen.setdefault(each.width, []).append(each)
     known = sorted(seen)
-    means = [float(np.mean([each.verify for each in typical(seen[width])])) / unit for width in known]
+    kept = [typical(seen[width]) for width in known]
+    means = rising_fit(
+        [float(np.mean([each.verify for each in rounds])) / unit for rounds in kept], list(map(len, kept))
+    )
     found = np.interp(np.arange(1, widths + 1), known, means)
     if len(known) > 1 and known[-1] < widths:
         slope = max(0.0, (means[-1] - means[0]) / (known[-1] - known[0]))
         beyond = np.arange(known[-1] + 1, widths + 1)
         found[known[-1] :] = means[-1] + slope * (beyond - known[-1])
     return [float(value) for value in found]
+
+
+def rising_fit(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence nearest to `values` in weighted squared error (pool adjacent violators)."""
+    blocks: list[list[float]] = []  # value, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        blocks.append([value, weight, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            value_2, weight_2, length_2 = blocks.pop()
+            value_1, weight_1, length_1 = blocks.pop()
+            total = weight_1 + weight_2
+            blocks.append([(value_1 * weight_1 + value_2 * weight_2) / total, total, length_1 + length_2])
+    return [value for value, _, length in blocks for _ in range(int(length))]
 
 
 def breakdown(timings: Timings) -> Breakdown:
@@ -81,13 +98,3 @@ def typical(rounds: Sequence[Round]) -> list[Round]:
         group.sort(key=lambda each: each.total)
         kept += group[: max(1, round((1 - SLOWEST) * len(group)))]
     return kept
-
-
-def merged(parts: Mapping[str, Timings]) -> Timings:
-    """Timings of several methods together."""
-    whole = Timings()
-    for part in parts.values():
-        whole.rounds += part.rounds
-        whole.counts += part.counts
-        whole.kv_bytes = max(whole.kv_bytes, part.kv_bytes)
-    return whole

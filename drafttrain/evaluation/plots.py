@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint
 
@@ -327,16 +327,54 @@ def breakdown(report: Report) -> Figure | None:
     return figure
 
 
+_UNITS = {"tokens": "response tokens trained on", "fraction": "share of the training data", "step": "optimizer steps"}
+
+_PREDICTORS = {
+    "head": ("head", "o-", "acceptance head, calibrated"),
+    "head_raw": ("other", "v:", "acceptance head as trained"),
+    "raw_q": ("confidence", "s--", "the drafter's own probability"),
+}
+
+
+def reliability(report: Report) -> Figure | None:
+    """Share of drafted tokens accepted, against the acceptance that was predicted; held-out responses."""
+    predictors = (report.head or {}).get("predictors", {})
+    shown = [name for name in _PREDICTORS if predictors.get(name, {}).get("reliability")]
+    if not shown:
+        return None
+    figure, axis = pyplot.subplots(figsize=(6, 5))
+    axis.plot([0, 1], [0, 1], color=COLORS["autoregressive"], lw=1, ls=":")
+    for name in shown:
+        scores = predictors[name]
+        color, style, label = _PREDICTORS[name]
+        bins = scores["reliability"]
+        axis.plot(
+            [each["predicted"] for each in bins],
+            [each["accepted"] for each in bins],
+            style,
+            color=COLORS[color],
+            ms=5,
+            label=f"{label}: ECE {scores['ece']:.3f}, AUROC {scores['auroc']:.3f}",
+        )
+    axis.set_xlabel("predicted probability of acceptance")
+    axis.set_ylabel("share accepted")
+    axis.set_xlim(-0.02, 1.02)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_aspect("equal")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=1, fontsize=8.5)
+    return figure
+
+
 def tau_history(report: Report) -> Figure | None:
     """Real tokens per round on held-out prompts while the drafter was trained."""
     points = [point for point in report.tau_history if point.get("tau") is not None]
     if len(points) < 2:
         return None
     figure, axis = pyplot.subplots(figsize=(6, 3.6))
-    unit = "tokens" if all(point.get("tokens") for point in points) else "step"
+    unit = next(unit for unit in _UNITS if all(point.get(unit) is not None for point in points))
     axis.plot([point[unit] for point in points], [point["tau"] for point in points], "o-", color=COLORS["fixed"])
-    axis.set_xlabel({"tokens": "response tokens trained on", "step": "optimizer steps"}[unit])
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xlabel(_UNITS[unit])
+    axis.xaxis.set_major_formatter(PercentFormatter(1) if unit == "fraction" else EngFormatter(sep=""))
     axis.set_ylabel("tau: tokens per round, greedy, held out")
     return figure
 
@@ -345,6 +383,7 @@ PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "speedup": speedup,
     "length": length,
     "pareto": pareto,
+    "reliability": reliability,
     "breakdown": breakdown,
     "tau_history": tau_history,
 }

@@ -56,6 +56,13 @@ class Limits:
 Answer = Callable[[Sequence[Question]], list[Completion]]
 
 
+def answers_of(record: Record) -> list[str]:
+    """The right answers of a prompt's turns; empty where none are known, or in a form of another tool's."""
+    reference = json.loads(record["reference"]) if record["reference"] else None
+    answers = reference.get("answers") if isinstance(reference, dict) else None
+    return [str(answer) for answer in answers] if isinstance(answers, list) else []
+
+
 def choose(records: Iterable[Record], splits: Sequence[str], per_task: int) -> list[Record]:
     """At most `per_task` prompts of each task from these splits, by a hash of their names, tasks mixed.
 
@@ -109,7 +116,7 @@ def _question(record: Record, turn: int, ids: Sequence[int], limits: Limits) -> 
         )
     if room < 1:
         return []
-    references = json.loads(record["reference"])["answers"] if record["reference"] else []
+    references = answers_of(record)
     reference = references[turn] if turn < len(references) else None
     name = record["prompt_id"]
     return [Question(name, record["task"], turn, tuple(ids), room, reference, _digest(f"{name}/{turn}") >> 2)]

@@ -118,6 +118,12 @@ class Timings:
     counts: Counts = field(default_factory=Counts)
     kv_bytes: int = 0
 
+    def add(self, other: Timings) -> None:
+        """Take in other runs."""
+        self.rounds += other.rounds
+        self.counts += other.counts
+        self.kv_bytes = max(self.kv_bytes, other.kv_bytes)
+
 
 def instrument(decoder: Decoder, groups: Sequence[Sequence[Question]], engines: Sequence[Engine]) -> Timings:
     """Run a method with a clock around every draft and every forward of the target, synchronised on a GPU.

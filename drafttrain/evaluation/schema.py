@@ -142,8 +142,8 @@ class MethodResult:
     lossless: list[Exactness] = field(default_factory=list)
     peak_memory: int | None = None
     kv_bytes: int | None = None
-    versus_best_fixed: Interval | None = None
-    """ratio of decoding rates to the best fixed length, on prompts that count for both"""
+    versus: dict[str, Interval] = field(default_factory=dict)
+    """ratio of decoding rates to the fastest measured method of another kind, on answers that count for both"""
     samples: str = ""
     """JSONL of its answers, relative to the report"""
 
@@ -258,8 +258,6 @@ class SettingVerdict:
     decision: Decision
     method: str | None = None
     speedup: Interval | None = None
-    over_fixed: Interval | None = None
-    """decoding rate over that of the best fixed length (None when that is the fastest itself)"""
     limit: Literal["tau", "c", "v", "o"] | None = None
     predicted: float | None = None
     halved: dict[str, float] = field(default_factory=dict)
@@ -294,7 +292,7 @@ class Report:
     examples: list[ExampleAnswer] = field(default_factory=list)
     head: dict[str, Any] | None = None
     """metrics.json of the acceptance head"""
-    tau_history: list[dict[str, float]] = field(default_factory=list)
+    tau_history: list[dict[str, Any]] = field(default_factory=list)
     plots: dict[str, str] = field(default_factory=dict)
     """PNG files by name, relative to the report"""
 

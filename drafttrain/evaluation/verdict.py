@@ -12,8 +12,18 @@ gains most is the limit. "Half" puts the four on one scale; "all" would always n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from drafttrain.evaluation.schema import Costs, Decision, Figures, MethodResult, SettingVerdict, Verdict
+from drafttrain.decoding.counts import Counts
+from drafttrain.evaluation.schema import (
+    Costs,
+    Decision,
+    Figures,
+    MethodResult,
+    SettingVerdict,
+    SweepPoint,
+    Verdict,
+)
 from drafttrain.evaluation.statistics import Interval
 
 _LIMITS = {
@@ -36,11 +46,17 @@ _REMEDIES = {
 _ADAPTIVE = {"head": "acceptance head", "confidence": "confidence rule", "entropy": "entropy bound"}
 
 
-def decide(rows: Sequence[MethodResult], tau_history: Sequence[dict[str, float]], least: float) -> Verdict:
+def decide(
+    rows: Sequence[MethodResult],
+    sweep: Sequence[SweepPoint],
+    tau_history: Sequence[dict[str, Any]],
+    least: float,
+) -> Verdict:
     """The verdict over all methods and decoding settings.
 
     Args:
         rows: methods of the report, the baseline among them, in the order of their settings.
+        sweep: every setting as replay predicts it; may be empty.
         tau_history: tau over training, to say whether more data would pay; may be empty.
         least: lower bound of the speed-up's interval from which to deploy (evaluate.min_speedup).
     """
@@ -52,7 +68,7 @@ def decide(rows: Sequence[MethodResult], tau_history: Sequence[dict[str, float]]
     first = settings[0]
     prompts = {row.sampling: row.overall.prompts for row in rows if row.method == first.method}
     details = [_also(setting, least) for setting in settings[1:]]
-    details += [line for line in (_adaptive(rows, first), _limit(first)) if line]
+    details += [line for line in (_adaptive(rows, first), _gap(sweep, first), _limit(first)) if line]
     return Verdict(
         first.decision,
         _headline(first, prompts.get(first.sampling, 0), least),
@@ -68,8 +84,6 @@ def _setting(name: str, rows: Sequence[MethodResult], least: float) -> SettingVe
         return SettingVerdict(name, "not proven")
     best = max(measured, key=lambda row: row.overall.speedup.value)
     verdict = SettingVerdict(name, _decision(best.overall.speedup, least), best.method, best.overall.speedup)
-    if best.kind != "fixed":
-        verdict.over_fixed = best.versus_best_fixed
     if best.costs is not None:
         verdict.predicted = predict(best.overall, best.costs)
         verdict.halved = halved(best.overall, best.costs)
@@ -115,20 +129,45 @@ def _also(setting: SettingVerdict, least: float) -> str:
 
 
 def _adaptive(rows: Sequence[MethodResult], first: SettingVerdict) -> str | None:
-    """What the best adaptive rule adds to the best fixed length, said of the first setting."""
-    compared = [
-        row for row in rows if row.sampling == first.sampling and row.kind in _ADAPTIVE and row.versus_best_fixed
-    ]
+    """What the best adaptive rule adds to the best fixed length, and a head to confidence, in the first setting."""
+    here = [row for row in rows if row.sampling == first.sampling]
+    compared = [row for row in here if row.kind in _ADAPTIVE and "fixed" in row.versus]
     if not compared:
         return None
-    best = max(compared, key=lambda row: row.versus_best_fixed.value)
-    gain, name = best.versus_best_fixed, _ADAPTIVE[best.kind]
-    change = f"{100 * (gain.value - 1):+.0f} % [{100 * (gain.low - 1):+.0f}, {100 * (gain.high - 1):+.0f}]"
+    best = max(compared, key=lambda row: row.versus["fixed"].value)
+    gain, name = best.versus["fixed"], _ADAPTIVE[best.kind]
     if gain.low > 1:
-        return f"The {name} earns its place: {change} over the best fixed length measured."
-    if gain.high < 1:
-        return f"The {name} costs more than it saves: {change} against the best fixed length; use that."
-    return f"The {name} adds nothing that this many prompts could prove: {change} over the best fixed length."
+        line = f"The {name} earns its place: {_change(gain)} over the best fixed length measured"
+    elif gain.high < 1:
+        line = f"The {name} costs more than it saves: {_change(gain)} against the best fixed length; use that"
+    else:
+        line = f"The {name} adds nothing that this many prompts could prove: {_change(gain)} over the best fixed length"
+    heads = [row.versus["confidence"] for row in here if row.kind == "head" and "confidence" in row.versus]
+    if heads:
+        line += f"; the head is {_change(max(heads, key=lambda i: i.value))} against the best confidence threshold"
+    return f"{line}."
+
+
+def _change(ratio: Interval) -> str:
+    return f"{100 * (ratio.value - 1):+.0f} % [{100 * (ratio.low - 1):+.0f}, {100 * (ratio.high - 1):+.0f}]"
+
+
+def _gap(sweep: Sequence[SweepPoint], first: SettingVerdict) -> str | None:
+    """How far perfect stopping would go, and how much of the way there the best adaptive rule gets, by replay."""
+    best = {
+        kind: max((p.predicted_speedup for p in sweep if p.sampling == first.sampling and p.kind == kind), default=None)
+        for kind in ("fixed", "oracle", *_ADAPTIVE)
+    }
+    fixed, oracle = best["fixed"], best["oracle"]
+    adaptive = {kind: best[kind] for kind in _ADAPTIVE if best[kind] is not None}
+    if fixed is None or oracle is None or not adaptive or oracle <= fixed:
+        return None
+    kind = max(adaptive, key=adaptive.get)
+    closed = max(0.0, (adaptive[kind] - fixed) / (oracle - fixed))
+    return (
+        f"By replay, perfect stopping would reach {oracle:.2f} where the best fixed length reaches {fixed:.2f}; the "
+        f"{_ADAPTIVE[kind]} reaches {adaptive[kind]:.2f}, {100 * closed:.0f} % of the way."
+    )
 
 
 def _limit(setting: SettingVerdict) -> str | None:
@@ -140,7 +179,7 @@ def _limit(setting: SettingVerdict) -> str | None:
     )
 
 
-def _next_steps(first: SettingVerdict, tau_history: Sequence[dict[str, float]]) -> list[str]:
+def _next_steps(first: SettingVerdict, tau_history: Sequence[dict[str, Any]]) -> list[str]:
     steps = []
     if first.speedup is None:
         return ["give prompts whose answers end (prompts.path, evaluate.max_new_tokens), or sample"]
@@ -165,7 +204,7 @@ def _not_exact(broken: Sequence[MethodResult]) -> Verdict:
     )
 
 
-def rising(tau_history: Sequence[dict[str, float]], share: float = 0.02) -> bool:
+def rising(tau_history: Sequence[dict[str, Any]], share: float = 0.02) -> bool:
     """Whether tau grew by more than `share` over the last third of the training."""
     taus = [point["tau"] for point in tau_history if point.get("tau") is not None]
     if len(taus) < 4:
@@ -173,12 +212,12 @@ def rising(tau_history: Sequence[dict[str, float]], share: float = 0.02) -> bool
     return taus[-1] > (1 + share) * taus[-1 - max(1, len(taus) // 3)]
 
 
-def predict(figures: Figures, costs: Costs) -> float:
+def predict(figures: Figures | Counts, costs: Costs) -> float:
     """Speed-up that a method's own counts and the measured costs predict (the formula above)."""
     return 1 / sum(_per_token(figures, costs).values())
 
 
-def _per_token(figures: Figures, costs: Costs) -> dict[str, float]:
+def _per_token(figures: Figures | Counts, costs: Costs) -> dict[str, float]:
     """Cost per emitted token in autoregressive steps: drafting, the narrow and the extra part of checking, the loop."""
     draft = sum(forwards * costs.c.get(name, 0.0) for name, forwards in figures.draft_forwards.items())
     narrow = figures.rounds * costs.v[0]
@@ -187,7 +226,7 @@ def _per_token(figures: Figures, costs: Costs) -> dict[str, float]:
     return {name: cost / figures.tokens for name, cost in parts.items()}
 
 
-def _verify(figures: Figures, costs: Costs) -> float:
+def _verify(figures: Figures | Counts, costs: Costs) -> float:
     """Sum over rounds of v(w). Rounds of exactly i drafted tokens are those that draft position i but not i + 1."""
     reach = [figures.rounds, *figures.drafted_at, 0]
     last = len(costs.v) - 1

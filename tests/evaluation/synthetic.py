@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import random
 
+import numpy as np
+
 from drafttrain.evaluation import figures
 from drafttrain.evaluation.schema import (
     AUTOREGRESSIVE,
@@ -26,6 +28,7 @@ from drafttrain.evaluation.schema import (
     Workload,
 )
 from drafttrain.evaluation.verdict import decide, predict
+from drafttrain.training import calibration
 
 STEP = 0.0035
 COSTS = Costs(STEP, {"drafter": 0.16}, [0.97 + 0.015 * w for w in range(13)], 0.06)
@@ -122,7 +125,8 @@ def result(method, kind, sampling, own, base, best_fixed=None):
     draft = overall.drafted * 0.16 * STEP / overall.tokens
     step = overall.rounds * STEP / overall.tokens
     row.breakdown = Breakdown(draft, 1.03 * step, 0.05 * step)
-    row.versus_best_fixed = figures.versus(own, best_fixed, 200, 0) if best_fixed and kind != "fixed" else None
+    if best_fixed and kind != "fixed":
+        row.versus["fixed"] = figures.versus(own, best_fixed, 200, 0)
     row.lossless = (
         [
             Exactness("float64", True, 4, 4, 400),
@@ -175,10 +179,10 @@ def report(seed=0, samplings=tuple(SAMPLINGS), **changes):
             rows.append(result(method, kind, sampling, own, base, answers.get((sampling, METHODS[1][0]))))
     for row in rows:
         row.samples = f"samples/{row.sampling}-{len(row.method)}-{row.method[-8:]}.jsonl".replace(" ", "_")
-    history = [{"step": 100.0 * i, "tokens": 4e5 * i, "tau": 1.6 + 1.2 * (1 - 0.6**i)} for i in range(1, 11)]
+    history = [{"step": 100 * i, "fraction": i / 10, "tau": 1.6 + 1.2 * (1 - 0.6**i)} for i in range(1, 11)]
     made = Report(
         SCHEMA_VERSION,
-        decide(rows, history, 1.05),
+        decide(rows, points, history, 1.05),
         environment(),
         pair(),
         workload(answers, samplings),
@@ -186,6 +190,7 @@ def report(seed=0, samplings=tuple(SAMPLINGS), **changes):
         points,
         {"seed": seed},
         examples(),
+        head=head_metrics(),
         tau_history=history,
     )
     for name, value in changes.items():
@@ -236,6 +241,18 @@ def workload(answers, samplings):
         "hash-of-prompts",
         "replay of traces of the tuning split",
     )
+
+
+def head_metrics():
+    """What train_head.py leaves of a head that is right, the same head as trained with w_rej = 6, and q alone."""
+    rng = np.random.default_rng(0)
+    accepted = rng.beta(3, 1, 4000)
+    predictions = {
+        "head": np.clip(accepted + rng.normal(0, 0.03, 4000), 0.001, 0.999),
+        "head_raw": calibration.apply_loss_weight(accepted, 1.0, 6.0),
+        "raw_q": np.clip(accepted + rng.normal(-0.1, 0.15, 4000), 0.001, 0.999),
+    }
+    return {"predictors": {name: calibration.report(values, accepted) for name, values in predictions.items()}}
 
 
 def examples():

@@ -60,7 +60,7 @@ def test_every_method_stands_in_every_table(written):
 
 
 def test_plots_without_data_are_left_out_and_old_ones_removed(tmp_path):
-    made, _ = synthetic.report(samplings=("greedy",), sweep=[], tau_history=[])
+    made, _ = synthetic.report(samplings=("greedy",), sweep=[], tau_history=[], head=None)
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "pareto.png").write_bytes(b"old")
     drawn = plots.draw_all(made, tmp_path / "plots")

@@ -38,7 +38,7 @@ def rows(interval, **changes):
     ],
 )
 def test_the_lower_bound_decides(interval, decision):
-    verdict = decide(rows(interval), [], least=1.05)
+    verdict = decide(rows(interval), [], [], least=1.05)
     assert verdict.decision == decision
     assert ("do not deploy" in verdict.headline) == (decision != "deploy")
     assert f"{interval.value:.2f}" in verdict.headline and METHOD in verdict.headline
@@ -46,13 +46,13 @@ def test_the_lower_bound_decides(interval, decision):
 
 def test_wrong_output_outweighs_any_speed():
     failed = Exactness("float64", False, 4, 3, reason="code-1 differs at token 9")
-    verdict = decide(rows(Interval(3.0, 2.9, 3.1), lossless=[failed]), [], 1.05)
+    verdict = decide(rows(Interval(3.0, 2.9, 3.1), lossless=[failed]), [], [], 1.05)
     assert verdict.decision == "not exact"
     assert "do not deploy" in verdict.headline and "code-1 differs at token 9" in verdict.headline
 
 
 def test_nothing_left_to_measure_is_not_a_gain():
-    verdict = decide(rows(None), [], 1.05)
+    verdict = decide(rows(None), [], [], 1.05)
     assert verdict.decision == "not proven" and "do not deploy" in verdict.headline
 
 
@@ -76,7 +76,7 @@ def test_the_term_that_costs_most_is_named(costs, limit):
     gains = halved(counted(), costs)
     assert max(gains, key=gains.get) == limit
     made = rows(Interval(1.6, 1.4, 1.8), costs=costs)
-    verdict = decide(made, [], 1.05)
+    verdict = decide(made, [], [], 1.05)
     assert verdict.settings[0].limit == limit
     assert any(f" {limit}, " in line for line in verdict.details)
 
@@ -106,13 +106,32 @@ def test_what_an_adaptive_rule_adds_is_said_with_its_interval():
     report, _ = synthetic.report(samplings=("greedy",))
     assert any("acceptance head earns its place" in line for line in report.verdict.details)
     for row in report.methods:
-        if row.versus_best_fixed:
-            row.versus_best_fixed = Interval(0.9, 0.85, 0.95)
-    assert any("costs more than it saves" in line for line in decide(report.methods, [], 1.05).details)
+        if row.versus:
+            row.versus["fixed"] = Interval(0.9, 0.85, 0.95)
+    assert any("costs more than it saves" in line for line in decide(report.methods, [], [], 1.05).details)
     for row in report.methods:
-        if row.versus_best_fixed:
-            row.versus_best_fixed = Interval(1.02, 0.95, 1.1)
-    assert any("adds nothing" in line for line in decide(report.methods, [], 1.05).details)
+        if row.versus:
+            row.versus["fixed"] = Interval(1.02, 0.95, 1.1)
+    assert any("adds nothing" in line for line in decide(report.methods, [], [], 1.05).details)
+
+
+def test_the_way_to_perfect_stopping_is_told_by_replay():
+    report, _ = synthetic.report(samplings=("greedy",))
+    [line] = [line for line in report.verdict.details if "perfect stopping" in line]
+    best = {
+        kind: max(p.predicted_speedup for p in report.sweep if p.kind == kind) for kind in ("fixed", "oracle", "head")
+    }
+    share = (best["head"] - best["fixed"]) / (best["oracle"] - best["fixed"])
+    assert f"{100 * share:.0f} % of the way" in line
+
+
+def test_a_head_is_held_against_confidence_too():
+    report, _ = synthetic.report(samplings=("greedy",))
+    for row in report.methods:
+        if row.kind == "head":
+            row.versus["confidence"] = Interval(1.01, 0.97, 1.05)
+    details = decide(report.methods, [], [], 1.05).details
+    assert any("+1 % [-3, +5] against the best confidence threshold" in line for line in details)
 
 
 def test_every_setting_is_judged_and_the_first_one_leads():
@@ -126,5 +145,5 @@ def test_more_data_is_advised_while_tau_rises():
     rising_history = [{"tau": 1.5 + 0.1 * i} for i in range(8)]
     flat = [{"tau": 2.0 + 0.001 * i} for i in range(8)]
     assert rising(rising_history) and not rising(flat) and not rising([])
-    lines = verdict_lines(decide(rows(Interval(1.6, 1.4, 1.8)), rising_history, 1.05))
+    lines = verdict_lines(decide(rows(Interval(1.6, 1.4, 1.8)), [], rising_history, 1.05))
     assert any("train on more data" in line for line in lines)

@@ -1,0 +1,334 @@
+"""`drafttrain evaluate`: sweep by replay, really run the best, check the output, write the report.
+
+    drafttrain evaluate --config recipes/reference/pair.yaml --run runs/pair
+    drafttrain evaluate --target.path T --drafter.path D --prompts.path P --run runs/probe     a probe, nothing trained
+
+Per decoding setting: costs are measured on tuning prompts; every fixed length and threshold is replayed on the tuning
+split's traces; the best few of each kind answer the test prompts, interleaved with the autoregressive baseline; their
+output is checked against the baseline's. The report opens with one verdict. Exit code 1 if any output is not exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from drafttrain.config import Parsed, SamplingConfig
+from drafttrain.distributed import say
+from drafttrain.errors import UserError
+from drafttrain.evaluation import figures
+from drafttrain.evaluation.environment import describe, load, reset_peak, resident_bytes, streamed_bytes
+from drafttrain.evaluation.exactness import greedy_check, identity_check, sampled_check
+from drafttrain.evaluation.examples import examples, sample_path, write_samples
+from drafttrain.evaluation.inputs import Inputs, inputs_of
+from drafttrain.evaluation.measure import breakdown
+from drafttrain.evaluation.names import sampling_name, sampling_of
+from drafttrain.evaluation.pair import Models, load_models
+from drafttrain.evaluation.questions import Limits, Question, prompts_hash, questions_of, to_sample
+from drafttrain.evaluation.report import write
+from drafttrain.evaluation.runner import Timings, answer, batches, instrument, interleave
+from drafttrain.evaluation.schema import (
+    AUTOREGRESSIVE,
+    SCHEMA_VERSION,
+    Costs,
+    Exactness,
+    ExampleAnswer,
+    Kind,
+    MethodResult,
+    Report,
+    Sample,
+    SweepPoint,
+    Workload,
+)
+from drafttrain.evaluation.schema import Sampling as NamedSampling
+from drafttrain.evaluation.sweep import Setting as SweptSetting
+from drafttrain.evaluation.sweep import kind_of, parameter_of, pick, settings, sweep
+from drafttrain.evaluation.tuning import calibrate, made_traces, record_for_replay, stored_traces, task_weights
+from drafttrain.evaluation.verdict import decide, predict, verdict_lines
+from drafttrain.ops.sampling import Sampling
+from drafttrain.run_folder import RunFolder
+
+FLOAT64_QUESTIONS = 3
+FLOAT64_TOKENS = 48
+"""The float64 check: a few answers of this many tokens at most, all methods together in one batch each."""
+
+SPEED_CHECK_QUESTIONS = 6
+"""Questions of the instrumented runs that say where the time goes."""
+
+
+def evaluate(parsed: Parsed) -> None:
+    """Evaluate the pair of a recipe and write the report into the run folder.
+
+    Raises:
+        UserError: a part is missing, damaged or foreign, or a method cannot be run.
+        SystemExit: code 1, after the report is written: the output of a method is not the target's.
+    """
+    if parsed.plan:
+        from drafttrain.evaluation.plan import plan
+
+        plan(parsed)
+        return
+    run = RunFolder(parsed.run).create()
+    run.record(parsed, "drafttrain evaluate")
+    evaluation = Evaluation(parsed, load_models(parsed), run)
+    report = evaluation.report()
+    page = write(report, run)
+    say("")
+    for line in verdict_lines(report.verdict):
+        say(line)
+    say(f"Report: {page}")
+    if report.verdict.decision == "not exact":
+        raise SystemExit(1)
+
+
+@dataclass
+class _Measured:
+    """All there is of one decoding setting."""
+
+    name: str
+    questions: list[Question]
+    samples: dict[str, list[Sample]]
+    points: list[SweepPoint]
+    costs: dict[Kind, Costs]
+    tuned_by: str
+    timings: dict[str, Timings] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    lossless: dict[str, list[Exactness]] = field(default_factory=dict)
+
+
+class Evaluation:
+    """An evaluation in progress.
+
+    Args:
+        parsed: the recipe.
+        models: of the pair.
+        run: where samples go.
+    """
+
+    def __init__(self, parsed: Parsed, models: Models, run: RunFolder) -> None:
+        self.parsed = parsed
+        self.config = parsed.recipe.evaluate
+        self.seed = parsed.recipe.seed
+        self.models = models
+        self.run = run
+        self.load_start = load()
+        self.inputs: Inputs = inputs_of(parsed, models.tokenizer, models.context)
+        self.methods = [models.canonical(method) for method in self.config.methods or []]
+
+    def report(self) -> Report:
+        """Measure everything."""
+        configs = self.config.samplings or [self.parsed.recipe.responses.sampling]
+        measured = [self._setting(sampling_name(each), sampling_of(each)) for each in configs]
+        self._check_float64(measured)
+        rows = [row for each in measured for row in self._rows(each)]
+        history = read_tau_history(self.run)
+        points = [point for each in measured for point in each.points]
+        verdict = decide(rows, points, history, self.config.min_speedup)
+        environment = describe(self.models.device, self.load_start)
+        if environment.bandwidth:
+            environment.roofline = environment.bandwidth / streamed_bytes(self.models.target.model)
+        return Report(
+            schema_version=SCHEMA_VERSION,
+            verdict=verdict,
+            environment=environment,
+            pair=self.models.describe(self.parsed.accept_new_target),
+            workload=self._workload(measured, configs),
+            methods=rows,
+            sweep=points,
+            recipe=self.parsed.resolved,
+            examples=[example for each in measured for example in self._examples(each)],
+            head=read_head_metrics(self.run),
+            tau_history=history,
+        )
+
+    # ---- one decoding setting ----
+
+    def _setting(self, name: str, sampling: Sampling) -> _Measured:
+        """Tune, run and check."""
+        say(f"{name}: measuring costs and replaying the tuning split")
+        tuning = self._questions(self.inputs.tune, sampling)
+        points, costs, tuned_by = self._tune(name, sampling, tuning)
+        methods = [AUTOREGRESSIVE, *(self.methods or pick(points, self.config.top))]
+        methods = list(dict.fromkeys(methods))
+        for point in points:
+            point.measured = point.method in methods
+        questions = self._questions(self.inputs.test, sampling)
+        say(f"{name}: {len(questions)} questions, {len(methods)} methods, {self.config.repeats} repeats")
+        measured = _Measured(name, questions, {}, points, costs, tuned_by)
+        self._run(measured, methods, sampling)
+        for method in methods:
+            measured.lossless[method] = [self._check(measured, method, sampling)]
+        return measured
+
+    def _questions(self, records: Sequence[Mapping[str, Any]], sampling: Sampling) -> list[Question]:
+        decoder = self.models.decoder(AUTOREGRESSIVE, sampling, self.seed)
+        limits = Limits(self.config.max_new_tokens, self.models.context, max(8, self.config.batch_size))
+        return questions_of(records, self.models.tokenizer, limits, lambda group: answer(decoder, group))
+
+    def _tune(
+        self, name: str, sampling: Sampling, tuning: Sequence[Question]
+    ) -> tuple[list[SweepPoint], dict[Kind, Costs], str]:
+        """Costs, then every setting by replay."""
+        config = self.config
+        few = list({question.task: question for question in tuning}.values())
+        costs = calibrate(self.models, sampling, few, config.batch_size, config.max_length, self.seed)
+        traces = stored_traces(self.run, self.models, sampling, self.parsed.accept_new_target)
+        if traces is None:
+            traces = made_traces(self.models, sampling, tuning, 8, config.max_length, self.seed)
+        record = record_for_replay(self.models, traces, self.inputs.references)
+        swept = settings(config, self.models.head is not None)
+        known = {each.method for each in swept}
+        swept += [
+            SweptSetting(method, kind_of(method), parameter_of(method))
+            for method in self.methods
+            if method not in known and kind_of(method) in ("fixed", "confidence", "head", "entropy")
+        ]
+        tasks = {(row["prompt_id"], row["task"]) for row in traces.rows}
+        weights = task_weights([task for _, task in tasks], [record["task"] for record in self.inputs.test])
+        points = sweep(record, swept, self.models, costs, weights, name)
+        return points, costs, "the recipe (evaluate.methods)" if self.methods else traces.origin
+
+    def _run(self, measured: _Measured, methods: Sequence[str], sampling: Sampling) -> None:
+        """The real runs, then the instrumented ones."""
+        config, models = self.config, self.models
+        reset_peak(models.device)
+        decoders = {method: models.decoder(method, sampling, self.seed) for method in methods}
+        found = interleave(
+            decoders, measured.questions, config.batch_size, config.repeats, config.warmup, f"{measured.name}: runs"
+        )
+        for method in methods:
+            measured.samples[method] = [
+                to_sample(question, completions, method, measured.name, models.tokenizer)
+                for question, completions in zip(measured.questions, found[method], strict=True)
+            ]
+            write_samples(self.run.path, measured.samples[method], sample_path(measured.name, method))
+        groups = batches(measured.questions, config.batch_size)
+        spread = groups[:: max(1, len(groups) // SPEED_CHECK_QUESTIONS)][:SPEED_CHECK_QUESTIONS]
+        for method in methods:
+            reset_peak(models.device)
+            measured.timings[method] = instrument(decoders[method], spread, models.engines())
+            measured.memory[method] = resident_bytes(models.device)
+
+    def _check(self, measured: _Measured, method: str, sampling: Sampling) -> Exactness:
+        """The tier that applies to the dtype of the measurement."""
+        own, engine = measured.samples[method], self.models.engines()[0]
+        if not sampling.greedy:
+            return sampled_check(engine, sampling, measured.questions, own)
+        if method == AUTOREGRESSIVE:
+            return Exactness("baseline", True, len(own), len(own), sum(len(sample.token_ids) for sample in own))
+        base = measured.samples[AUTOREGRESSIVE]
+        drafted = max((len(sample.counts["drafted_at"]) for sample in own), default=1)
+        widths = sorted({2, 1 + (drafted + 1) // 2, 1 + drafted})
+        return greedy_check(engine, sampling, measured.questions, own, base, widths, self.config.tolerance)
+
+    # ---- all settings ----
+
+    def _check_float64(self, measured: Sequence[_Measured]) -> None:
+        """Greedy identity in float64 of every method that was run, on a few questions."""
+        methods = list(dict.fromkeys(method for each in measured for method in each.samples))
+        by_task = list({question.task: question for question in measured[0].questions}.values())
+        few = [
+            dataclasses.replace(question, limit=min(question.limit, FLOAT64_TOKENS))
+            for question in by_task[:FLOAT64_QUESTIONS]
+        ]
+        try:
+            answers = {method: self._float64_answers(method, few) for method in methods}
+        except UserError as error:
+            checks = {m: Exactness("not checked", True, reason=f"float64: {error}") for m in methods}
+        else:
+            checks = identity_check(answers, answers[AUTOREGRESSIVE])
+        self.models.release("float64")
+        for each in measured:
+            for method in each.samples:
+                if method != AUTOREGRESSIVE:
+                    each.lossless[method].insert(0, checks[method])
+
+    def _float64_answers(self, method: str, questions: Sequence[Question]) -> list[list[int]]:
+        decoder = self.models.decoder(method, Sampling(0.0), self.seed, "float64")
+        return [completion.token_ids for completion in answer(decoder, questions)]
+
+    def _rows(self, measured: _Measured) -> list[MethodResult]:
+        """Methods of a setting as the report shows them."""
+        rows = [self._row(measured, method) for method in measured.samples]
+        for kind in ("fixed", "confidence"):
+            rivals = [row for row in rows if row.kind == kind and row.overall.speedup is not None]
+            if not rivals:
+                continue
+            best = max(rivals, key=lambda row: row.overall.speedup.value)
+            for row in rows:
+                if row.kind not in (kind, "autoregressive", "fixed"):
+                    own, other = measured.samples[row.method], measured.samples[best.method]
+                    ratio = figures.versus(own, other, self.config.bootstrap, self.seed)
+                    row.versus |= {kind: ratio} if ratio else {}
+        return rows
+
+    def _row(self, measured: _Measured, method: str) -> MethodResult:
+        kind = kind_of(method)
+        own, base = measured.samples[method], measured.samples[AUTOREGRESSIVE]
+        overall, tasks = figures.by_task(own, base, self.config.bootstrap, self.seed)
+        costs = measured.costs.get(kind, measured.costs["fixed"]) if kind != "autoregressive" else None
+        timings = measured.timings[method]
+        point = next((p for p in measured.points if p.method == method), None)
+        return MethodResult(
+            method=method,
+            kind=kind,
+            sampling=measured.name,
+            overall=overall,
+            tasks=tasks,
+            costs=costs,
+            predicted_speedup=predict(overall, costs) if costs and overall.tokens else None,
+            replayed_speedup=point.predicted_speedup if point else None,
+            breakdown=breakdown(timings),
+            lossless=measured.lossless[method],
+            peak_memory=measured.memory[method],
+            kv_bytes=timings.kv_bytes,
+            samples=sample_path(measured.name, method),
+        )
+
+    def _workload(self, measured: Sequence[_Measured], configs: Sequence[SamplingConfig]) -> Workload:
+        first, config = measured[0], self.config
+        return Workload(
+            dtype=self.models.dtype,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            repeats=config.repeats,
+            seed=self.seed,
+            samplings=[NamedSampling(sampling_name(each), dataclasses.asdict(each)) for each in configs],
+            prompts=figures.workload(first.samples[AUTOREGRESSIVE]),
+            prompts_hash=prompts_hash(first.questions),
+            tuned_by=first.tuned_by,
+        )
+
+    def _examples(self, measured: _Measured) -> list[ExampleAnswer]:
+        """Answers of the fastest method."""
+        rates = {
+            method: sum(len(s.token_ids) for s in own) / sum(s.decode_seconds for s in own)
+            for method, own in measured.samples.items()
+            if method != AUTOREGRESSIVE
+        }
+        if not rates:
+            return []
+        best = max(rates, key=rates.get)
+        return examples(self.models.tokenizer, measured.questions, measured.samples[best])
+
+
+def read_head_metrics(run: RunFolder) -> dict[str, Any] | None:
+    """metrics.json of the run's acceptance head, if it has one."""
+    path = run.head / "metrics.json"
+    return _read_json(path) if path.exists() else None
+
+
+def read_tau_history(run: RunFolder) -> list[dict[str, Any]]:
+    """Tokens per round while the drafter was trained, as its program recorded them; empty where it did not."""
+    path = run.path / "tau_history.json"
+    return _read_json(path) if path.exists() else []
+
+
+def _read_json(path: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged; run the program that wrote it again, or delete it.") from None

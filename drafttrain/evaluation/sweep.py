@@ -1,0 +1,143 @@
+"""Every setting, by replay: fixed lengths, thresholds of adaptive rules, the oracle; then the few worth running.
+
+A setting is judged on the tuning split, in the mixture of tasks that the test split will have: each task's counts are
+weighted by its test prompts over its tuning prompts. The test split itself is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from drafttrain.config import EvaluateConfig
+from drafttrain.decoding.counts import Counts
+from drafttrain.decoding.expression import build, parse_method
+from drafttrain.evaluation.pair import Models
+from drafttrain.evaluation.policies import OraclePolicy, Policy, policy_of
+from drafttrain.evaluation.replay import Tally, replay
+from drafttrain.evaluation.schema import Costs, Kind, SweepPoint
+from drafttrain.evaluation.trace_record import Record
+from drafttrain.evaluation.verdict import predict
+
+ORACLE = "perfect stopping"
+RUN_KINDS: tuple[Kind, ...] = ("fixed", "head", "confidence", "entropy")
+"""Kinds that can really be run, in the order in which they are run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a sweep: the expression that runs it, its kind, the number that is swept."""
+
+    method: str
+    kind: Kind
+    parameter: float | None
+
+
+def settings(config: EvaluateConfig, has_head: bool) -> list[Setting]:
+    """What is swept: K = 1 .. max_length, and every threshold of every adaptive rule."""
+    longest = config.max_length
+    limit = "" if longest == 12 else f", max={longest}"
+    found = [Setting(f"Model(drafter, length={k})", "fixed", float(k)) for k in range(1, longest + 1)]
+    for h in config.thresholds:
+        found.append(Setting(f"Model(drafter, stop=Confidence({h}{limit}))", "confidence", h))
+    if has_head:
+        for h in config.thresholds:
+            found.append(Setting(f"Model(drafter, stop=AcceptanceHead(head, {h}{limit}))", "head", h))
+    return [Setting(str(parse_method(each.method)), each.kind, each.parameter) for each in found]
+
+
+def kind_of(method: str) -> Kind:
+    """The kind of a method, from its expression."""
+    expression = parse_method(method)
+    if expression.name == "Autoregressive":
+        return "autoregressive"
+    arguments = dict(expression.arguments)
+    if expression.name != "Model":
+        return "other"
+    if "stop" not in arguments:
+        return "fixed"
+    kinds: dict[str, Kind] = {"AcceptanceHead": "head", "Confidence": "confidence", "Entropy": "entropy"}
+    return kinds.get(arguments["stop"].name, "other")
+
+
+def parameter_of(method: str) -> float | None:
+    """The number that a sweep would vary: the length, or the stopping rule's threshold."""
+    arguments = dict(parse_method(method).arguments)
+    if "stop" in arguments:
+        numbers = [value for _, value in arguments["stop"].arguments if isinstance(value, int | float)]
+        return float(numbers[0]) if numbers else None
+    return float(arguments["length"]) if "length" in arguments else None
+
+
+def sweep(
+    record: Record,
+    swept: Sequence[Setting],
+    models: Models,
+    costs: Mapping[Kind, Costs],
+    weights: Mapping[str, float],
+    sampling: str,
+) -> list[SweepPoint]:
+    """Replay settings over the tuning split's traces, the oracle with them.
+
+    Args:
+        record: the traces, grouped by task.
+        swept: the settings.
+        models: to build their rules.
+        costs: by kind; the oracle has those of fixed lengths, whose rule costs nothing.
+        weights: of tasks.
+        sampling: name of the decoding setting that the traces were made for.
+    """
+    longest = max((each.parameter or 0 for each in swept if each.kind == "fixed"), default=12)
+    members = models.members()
+    policies: list[Policy] = [policy_of(build(each.method, members).stop) for each in swept]
+    everything = [*swept, Setting(ORACLE, "oracle", None)]
+    tallies = replay(record, [*policies, OraclePolicy(int(longest))])
+    return [
+        _point(setting, tally, costs.get(setting.kind, costs["fixed"]), weights, sampling)
+        for setting, tally in zip(everything, tallies, strict=True)
+    ]
+
+
+def _point(setting: Setting, tally: Tally, costs: Costs, weights: Mapping[str, float], sampling: str) -> SweepPoint:
+    by_task = {task: tally.of(task).counts() for task in tally.groups}
+    total = weighted(by_task, weights)
+    return SweepPoint(
+        method=setting.method,
+        kind=setting.kind,
+        sampling=sampling,
+        parameter=setting.parameter,
+        tau=total.tokens / total.rounds,
+        discard_rate=total.discarded / total.tokens,
+        verification_rate=total.target_forwards / total.tokens,
+        predicted_speedup=predict(total, costs),
+        task_speedups={task: predict(counts, costs) for task, counts in by_task.items() if counts.tokens},
+    )
+
+
+def weighted(by_task: Mapping[str, Counts], weights: Mapping[str, float]) -> Counts:
+    """Sum of tasks' counts, each times its weight (1 where none is given); the sums are no whole numbers then."""
+    total = Counts()
+    for task, counts in by_task.items():
+        weight = weights.get(task, 1.0)
+        total += Counts(
+            tokens=weight * counts.tokens,
+            rounds=weight * counts.rounds,
+            target_forwards=weight * counts.target_forwards,
+            draft_forwards={name: weight * forwards for name, forwards in counts.draft_forwards.items()},
+            drafted=weight * counts.drafted,
+            accepted=weight * counts.accepted,
+            discarded=weight * counts.discarded,
+            drafted_at=[weight * count for count in counts.drafted_at],
+        )
+    return total
+
+
+def pick(points: Sequence[SweepPoint], top: int) -> list[str]:
+    """The `top` settings of each kind that replay predicts to be fastest, marked in `points` as measured."""
+    picked = []
+    for kind in RUN_KINDS:
+        best = sorted((p for p in points if p.kind == kind), key=lambda point: -point.predicted_speedup)[:top]
+        for point in sorted(best, key=lambda point: point.parameter or 0.0):
+            point.measured = True
+            picked.append(point.method)
+    return picked

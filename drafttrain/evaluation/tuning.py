@@ -1,0 +1,163 @@
+"""What the tuning split is for: the costs of this pair on this machine, and the traces that settings are replayed on.
+
+Traces are those of the run where they were made for the same decoding setting. For any other setting, and in a probe
+that trained nothing, the target answers the tuning prompts here and the answers are traced in memory: replay is exact
+only on answers drawn as they will be served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from drafttrain.evaluation.figures import RIGHT_ONLY, loops
+from drafttrain.evaluation.measure import costs_of, verify_costs
+from drafttrain.evaluation.pair import Models
+from drafttrain.evaluation.questions import Question
+from drafttrain.evaluation.runner import Timings, answer, batches, instrument
+from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs, Kind
+from drafttrain.evaluation.sweep import kind_of
+from drafttrain.evaluation.trace_record import Record, record_of
+from drafttrain.evaluation.trace_scores import RULES, score_rows, with_run_entropy
+from drafttrain.ops.sampling import Sampling
+from drafttrain.records import read_manifest, read_records
+from drafttrain.run_folder import RunFolder
+
+Row = Mapping[str, Any]
+
+HEAD = "head"
+"""Name of the acceptance head's scores in a record, and of the head in expressions."""
+
+CALIBRATION_TOKENS = 64
+"""New tokens of an instrumented run: enough rounds for a mean."""
+
+_LENGTHS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Rows of the schema `traces`, the manifest that says how to read them, and where they are from, in words."""
+
+    rows: list[Row]
+    manifest: Mapping[str, Any]
+    origin: str
+
+
+def calibrate(
+    models: Models, sampling: Sampling, questions: Sequence[Question], batch_size: int, longest: int, seed: int
+) -> dict[Kind, Costs]:
+    """Costs of each kind of drafting, from instrumented runs on tuning prompts.
+
+    Every method runs once unmeasured before; the measured runs are interleaved question by question.
+    """
+    methods = [AUTOREGRESSIVE, *[f"Model(drafter, length={k})" for k in _LENGTHS if k < longest]]
+    methods += [f"Model(drafter, length={longest})", f"Model(drafter, stop=Confidence(0.4, max={longest}))"]
+    if models.head is not None:
+        methods.append(f"Model(drafter, stop=AcceptanceHead(head, 0.4, max={longest}))")
+    short = [dataclasses.replace(each, limit=min(each.limit, CALIBRATION_TOKENS)) for each in questions]
+    groups = batches(short, batch_size)
+    decoders = {method: models.decoder(method, sampling, seed) for method in methods}
+    timings = {method: Timings() for method in methods}
+    for number, group in enumerate([groups[0], *groups]):
+        for method in methods:
+            found = instrument(decoders[method], [group], models.engines())
+            if number > 0:
+                timings[method].add(found)
+    return by_kind(timings, longest + 1)
+
+
+def by_kind(timings: Mapping[str, Timings], widths: int) -> dict[Kind, Costs]:
+    """Costs of each kind from instrumented runs of its methods, the autoregressive one among them."""
+    kinds: dict[Kind, Timings] = {}
+    for method, found in timings.items():
+        kinds.setdefault(kind_of(method), Timings()).add(found)
+    baseline = kinds.pop("autoregressive")
+    verify = verify_costs(kinds.values(), baseline, widths)
+    return {kind: costs_of(found, baseline, verify) for kind, found in kinds.items()}
+
+
+def stored_traces(run: RunFolder, models: Models, sampling: Sampling, accept_new_target: bool) -> Traces | None:
+    """The run's own traces of the tuning split, None where there are none for this decoding setting.
+
+    Raises:
+        UserError: they were made for another target or drafter.
+    """
+    if not run.traces.exists():
+        return None
+    manifest = read_manifest(run.traces, "traces")
+    if manifest["sampling"] != dataclasses.asdict(sampling):
+        return None
+    expect = {"fingerprints": {"target": models.target.fingerprint.to_dict()}}
+    expect["fingerprints"]["drafter"] = models.drafter.fingerprint.to_dict()
+    rows = read_records(run.traces, "traces", expect, accept_new_weights=accept_new_target)
+    chosen = [row for row in rows if row["split"] == "tune"]
+    return Traces(chosen, manifest, "replay of the run's traces (tuning split)") if chosen else None
+
+
+def made_traces(
+    models: Models, sampling: Sampling, questions: Sequence[Question], batch_size: int, run_length: int, seed: int
+) -> Traces:
+    """Answer the tuning prompts without a drafter and trace the answers, in memory."""
+    from data_prep.trace_rows import Tracer, TraceSettings  # the one step back: a probe has no traces of its own
+
+    decoder = models.decoder(AUTOREGRESSIVE, sampling, seed)
+    settings = TraceSettings(sampling, seed, top_k=1, temperatures=(), run_length=run_length)
+    tracer = Tracer(*models.engines(), settings)
+    rows: list[Row] = []
+    for group in batches(sorted(questions, key=lambda each: len(each.ids)), batch_size):
+        responses = [
+            _response(question, completion.token_ids)
+            for question, completion in zip(group, answer(decoder, group), strict=True)
+        ]
+        rows += tracer.trace(responses)
+    manifest = {
+        "scores": list(RULES),
+        "run_length": run_length,
+        "eos_ids": sorted(models.ends),
+        "max_new_tokens": max((question.limit for question in questions), default=1),
+        "context": models.context,
+    }
+    return Traces(rows, manifest, "replay of traces made for it (tuning prompts)")
+
+
+def _response(question: Question, ids: Sequence[int]) -> Row:
+    return {
+        "prompt_id": question.prompt_id,
+        "split": "tune",
+        "task": question.task,
+        "source": "",
+        "turn": question.turn,
+        "prompt_ids": list(question.ids),
+        "response_ids": list(ids),
+    }
+
+
+def record_for_replay(models: Models, traces: Traces, references: Mapping[tuple[str, int], str]) -> Record:
+    """Traces as replay reads them, with the head's scores, without the answers that do not count in a report."""
+    rows = [row for row in traces.rows if counts(row, references, models.tokenizer)]
+    rows = rows or list(traces.rows)
+    added = {}
+    if models.head is not None:
+        scored = with_run_entropy(rows, traces.manifest)
+        added[HEAD] = score_rows(models.engines()[1].model, models.head, scored)
+    return record_of(rows, traces.manifest, added)
+
+
+def counts(row: Row, references: Mapping[tuple[str, int], str], tokenizer: Any) -> bool:
+    """Whether an answer would count: it does not loop, and is right where it has to be."""
+    reference = references.get((row["prompt_id"], row["turn"]))
+    ids = list(row["response_ids"])
+    right = None
+    if reference is not None:
+        right = tokenizer.decode(ids, skip_special_tokens=True).strip() == reference.strip()
+    return bool(ids) and not loops(ids, right) and not (row["task"] in RIGHT_ONLY and right is False)
+
+
+def task_weights(tuning: Iterable[str], test: Iterable[str]) -> dict[str, float]:
+    """Weight of each task: its test prompts over its tuning prompts, each given as the tasks of all prompts."""
+    tuned, tested = list(tuning), list(test)
+    if not set(tuned) & set(tested):
+        return {}  # other tasks altogether: as they come
+    return {task: tested.count(task) / tuned.count(task) for task in dict.fromkeys(tuned)}
