@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once instead of retrying
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are faster on one thread, on a busy machine twenty times so
 
 import pytest
 import torch
