@@ -63,7 +63,7 @@ def ensure_prompts(
         UserError: bad input (see `prompts_of`), or prompts made with other settings are there.
     """
     manifest = prompts_manifest(settings, seed, tokenizer, context)
-    if _complete(run.prompts):
+    if is_complete(run.prompts):
         return sum(1 for _ in iter_records(run.prompts, "prompts", expect=manifest, columns=["prompt_id"]))
     made = prompts_of(settings, seed, tokenizer, context)
     for note in made.notes:
@@ -265,8 +265,8 @@ def _source_name(settings: PromptsConfig) -> str:
     return Path(_required_path(settings)).name if settings.source == "file" else _required_path(settings)
 
 
-def _complete(folder: Path) -> bool:
-    """Whether a finished set of prompts is there; an unfinished one is made again."""
+def is_complete(folder: Path) -> bool:
+    """Whether a finished set of records is there; unfinished prompts are made again."""
     try:
         return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("complete"))
     except (FileNotFoundError, ValueError):

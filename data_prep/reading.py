@@ -51,15 +51,15 @@ def read_hub(name: str, split: str) -> Iterator[Row]:
         UserError: unknown data set, configuration or split; no connection; an interrupted download.
     """
     import datasets
-    import requests
-    from huggingface_hub.errors import HfHubHTTPError
+
+    from drafttrain.models.loading import HTTPError
 
     dataset_id, _, configuration = name.partition(":")
     try:
         rows = datasets.load_dataset(dataset_id, configuration or None, split=split)
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:  # ValueError: configuration or split
         raise UserError(f"the hub has no data set {name!r} with split {split!r} ({_first_line(error)}).") from None
-    except (OSError, requests.RequestException, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, HTTPError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"the data set {name!r} could not be fetched ({_first_line(error)}); what is downloaded is kept, "
             "so run the same command again, or give a local file with prompts.source: file."

@@ -14,14 +14,14 @@ enter as decoded text and are tokenized again, in the target's own chat template
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 
@@ -61,6 +61,15 @@ class Dialogue:
         """Answers asked for, at least one."""
         return len(asked(self.messages)) if self.messages else 1
 
+    @property
+    def has_recorded(self) -> bool:
+        """Whether any turn has a recorded answer."""
+        return self.recorded_text is not None or any(map(self._is_recorded, asked(self.messages)))
+
+    def _is_recorded(self, at: int) -> bool:
+        message = self.messages[at]
+        return message["content"] is not None or bool(message.get("tool_calls"))
+
     def context(self, tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[int]:
         """What the target reads before turn `len(answers)`, given its own earlier answers.
 
@@ -79,8 +88,13 @@ class Dialogue:
         ]
         return encode(tokenizer, render(tokenizer, messages, self.tools, self.prompt_id))
 
-    def recorded(self, tokenizer: PreTrainedTokenizerBase, turn: int) -> tuple[list[int], list[int]] | None:
-        """Context and recorded answer of a turn, None where nothing is recorded. The answer ends with EOS.
+    def recorded(
+        self, tokenizer: PreTrainedTokenizerBase, turn: int, ends: Collection[int]
+    ) -> tuple[list[int], list[int]] | None:
+        """Context and recorded answer of a turn, with its end token; None where nothing is recorded.
+
+        Args:
+            ends: from `end_tokens`.
 
         Raises:
             UserError: the chat template refuses the messages, or renders an answer otherwise than it asks for one.
@@ -88,26 +102,26 @@ class Dialogue:
         if not self.messages:
             if self.recorded_text is None:
                 return None
-            answer = tokenizer(self.recorded_text, add_special_tokens=False)["input_ids"]
-            return list(self.prompt_ids), [*answer, *end_of_sequence(tokenizer)]
+            return list(self.prompt_ids), _ended(tokenizer, self.recorded_text)
         at = asked(self.messages)[turn]
-        if self.messages[at]["content"] is None and not self.messages[at].get("tool_calls"):
+        if not self._is_recorded(at):
             return None
-        return self._recorded_chat(tokenizer, at)
+        return self._recorded_chat(tokenizer, at, ends)
 
-    def _recorded_chat(self, tokenizer: PreTrainedTokenizerBase, at: int) -> tuple[list[int], list[int]]:
+    def _recorded_chat(
+        self, tokenizer: PreTrainedTokenizerBase, at: int, ends: Collection[int]
+    ) -> tuple[list[int], list[int]]:
         before = render(tokenizer, self.messages[:at], self.tools, self.prompt_id)
         if tokenizer.chat_template is None:
-            answer = self.messages[at]["content"]
-            ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-            return encode(tokenizer, before), [*ids, *end_of_sequence(tokenizer)]
+            return encode(tokenizer, before), _ended(tokenizer, self.messages[at]["content"])
         after = render(tokenizer, self.messages[: at + 1], self.tools, self.prompt_id, ask=False)
         if not after.startswith(before):
             raise UserError(
                 f"{self.prompt_id}: the target's chat template writes a recorded answer otherwise than it asks for "
                 "one, so the answer's tokens cannot be found; use responses.source: generate."
             )
-        return encode(tokenizer, before), _until_eos(tokenizer, after[len(before) :])
+        ids = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+        return encode(tokenizer, before), _until_end(ids, ends)
 
 
 def asked(messages: Sequence[Message]) -> list[int]:
@@ -168,13 +182,19 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that ends an answer, as a list that is empty when the tokenizer has none."""
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's end of sequence and those of the generation config (ends of turns)."""
+    more = None if generation_config is None else generation_config.eos_token_id
+    found = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    return frozenset(token for token in found if token is not None)
 
 
-def _until_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a rendered answer up to its end token; what a template writes after it belongs to the next turn."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ends = [at for at, token in enumerate(ids) if token == tokenizer.eos_token_id]
-    return ids[: ends[0] + 1] if ends else ids
+def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of an answer with the end of sequence behind it, if the tokenizer has one."""
+    end = tokenizer.eos_token_id
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
+
+
+def _until_end(ids: list[int], ends: Collection[int]) -> list[int]:
+    """Tokens up to the first end token; what a template writes after it belongs to the next turn."""
+    return next((ids[: at + 1] for at, token in enumerate(ids) if token in ends), ids)

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from transformers import GenerationConfig
 
-from drafttrain.dialogue import Dialogue, answer_text, encode, encode_raw, render
+from drafttrain.dialogue import Dialogue, answer_text, encode, encode_raw, end_tokens, render
 from drafttrain.errors import UserError
 from tests.conftest import build_tokenizer
 
 CALL = {"type": "function", "function": {"name": "now", "arguments": {}}}
+ENDS = frozenset({5})  # <|end|>
 TOOLS = [{"type": "function", "function": {"name": "now"}}]
 
 
@@ -42,13 +44,13 @@ def test_the_first_turn_reads_exactly_the_recorded_tokens(tiny_tokenizer):
     odd = {"messages": None, "text": "ab", "prompt_ids": [0, 70, 71], "tools": None, "recorded": None, "prompt_id": "p"}
     dialogue = Dialogue.from_record(odd)
     assert (dialogue.turns, dialogue.context(tiny_tokenizer, [])) == (1, [0, 70, 71])
-    assert dialogue.recorded(tiny_tokenizer, 0) is None
+    assert dialogue.recorded(tiny_tokenizer, 0, ENDS) is None
 
 
 def test_a_recorded_answer_is_found_behind_its_context_and_ends_with_eos(tiny_tokenizer):
     messages = [user("one"), assistant("first"), user("two"), assistant("second")]
     dialogue = Dialogue.from_record(record(messages, tiny_tokenizer))
-    context, answer = dialogue.recorded(tiny_tokenizer, 1)
+    context, answer = dialogue.recorded(tiny_tokenizer, 1, ENDS)
     assert tiny_tokenizer.decode(answer) == "second<|end|>"
     assert tiny_tokenizer.decode(context).endswith("first<|end|><|user|>two<|end|><|assistant|>")
     assert answer_text(tiny_tokenizer, answer) == "second"
@@ -57,7 +59,7 @@ def test_a_recorded_answer_is_found_behind_its_context_and_ends_with_eos(tiny_to
 def test_an_answer_ends_at_eos_though_the_template_writes_more_after_it():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>'", "<|end|>' + '\\n'")
-    _, answer = Dialogue.from_record(record([user("one"), assistant("first")], tokenizer)).recorded(tokenizer, 0)
+    _, answer = Dialogue.from_record(record([user("one"), assistant("first")], tokenizer)).recorded(tokenizer, 0, ENDS)
     assert tokenizer.decode(answer) == "first<|end|>"
 
 
@@ -66,7 +68,7 @@ def test_a_template_that_rewrites_answers_is_refused_for_recorded_ones_only():
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ '<|assistant|>' }}", "{{ '<|assistant|>think' }}")
     dialogue = Dialogue.from_record(record([user("one"), assistant("first"), user("two")], tokenizer))
     with pytest.raises(UserError, match=r"^p: .*responses.source: generate"):
-        dialogue.recorded(tokenizer, 0)
+        dialogue.recorded(tokenizer, 0, ENDS)
 
 
 def test_a_greeting_is_no_answer(tiny_tokenizer):
@@ -90,7 +92,7 @@ def test_a_recorded_tool_call_stays_since_its_result_answers_it():
     assert dialogue.turns == 2
     later = tokenizer.decode(dialogue.context(tokenizer, ["something else"]))
     assert "now<|end|>" in later and "something else" not in later
-    assert tokenizer.decode(dialogue.recorded(tokenizer, 0)[1]) == "now<|end|>"
+    assert tokenizer.decode(dialogue.recorded(tokenizer, 0, ENDS)[1]) == "now<|end|>"
 
 
 def test_a_base_model_reads_contents_with_blank_lines_between():
@@ -112,3 +114,8 @@ def test_what_a_template_refuses_is_told_with_the_place():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"^f.jsonl, line 3: .*roles must alternate"):
         render(tokenizer, [user("one")], None, "f.jsonl, line 3")
+
+
+@pytest.mark.parametrize(("more", "expected"), [(None, {5}), (7, {5, 7}), ([5, 7, 9], {5, 7, 9})])
+def test_ends_are_those_of_tokenizer_and_generation_config(tiny_tokenizer, more, expected):
+    assert end_tokens(tiny_tokenizer, GenerationConfig(eos_token_id=more)) == expected
