@@ -42,9 +42,12 @@ _SMALLEST = 1.2e-7  # float32 resolution at 1: probabilities closer to 0 cannot 
 MODEL_TYPE = "drafttrain_acceptance_head"
 
 
-@dataclass(frozen=True)
+@dataclass
 class AcceptanceHeadConfig:
     """Everything about a head that is not a weight; the whole of its config.json.
+
+    It has what `transformers.Trainer` and its trackers ask of a model's config: attributes can be set on it, and it
+    turns into a dict and JSON.
 
     Attributes:
         hidden_size: of the drafter.
@@ -94,15 +97,19 @@ class AcceptanceHeadConfig:
             # The producing state of Y sees the tokens before Y only: mixing would spoil it and save nothing.
             raise UserError("head.data mixed needs head.state consumed; for the producing state take exact or rounds.")
         # One order, whatever the recipe's: columns of the weights are laid out by it.
-        object.__setattr__(self, "features", tuple(name for name in FEATURES if name in self.features))
+        self.features = tuple(name for name in FEATURES if name in self.features)
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"model_type": MODEL_TYPE, **asdict(self)}
+
+    def to_json_string(self) -> str:
         """Text of config.json."""
-        return json.dumps({"model_type": MODEL_TYPE, **asdict(self)}, indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> AcceptanceHeadConfig:
-        """Read what `to_json` wrote.
+        """Read what `to_json_string` wrote.
 
         Raises:
             ValueError: it is not the configuration of a head.
@@ -130,7 +137,7 @@ class AcceptanceHead(nn.Module):
 
     def __init__(self, config: AcceptanceHeadConfig) -> None:
         super().__init__()
-        self.settings = config  # not `config`: the Trainer and its callbacks take that for a transformers config
+        self.config = config
         size = config.hidden_size
         distinct = min(config.depth, 1) if config.tied else config.depth
         self.blocks = nn.ModuleList(nn.Linear(size, size) for _ in range(distinct))
@@ -149,12 +156,12 @@ class AcceptanceHead(nn.Module):
     @property
     def state(self) -> Literal["producing", "consumed"]:
         """Which drafter state `score` wants."""
-        return self.settings.state
+        return self.config.state
 
     @property
     def features(self) -> tuple[str, ...]:
         """Which scalars `score` reads besides the state; the decoder computes no others."""
-        return self.settings.features
+        return self.config.features
 
     @property
     def calibrated(self) -> bool:
@@ -164,7 +171,7 @@ class AcceptanceHead(nn.Module):
     @calibrated.setter
     def calibrated(self, on: bool) -> None:
         self._calibrated = on
-        self._shift = math.log(self.settings.w_rej / self.settings.w_acc) if on else 0.0
+        self._shift = math.log(self.config.w_rej / self.config.w_acc) if on else 0.0
 
     def forward(
         self,
@@ -176,10 +183,10 @@ class AcceptanceHead(nn.Module):
         """Logits of P' as trained, [B]; arguments as in `score`."""
         x_BH = hidden_BH.to(self.output.weight.dtype)
         columns_BF = None
-        if self.settings.features:
+        if self.config.features:
             columns_BF = torch.stack(self._columns(torch, (log_q_B, entropy_B, step_B)), dim=-1).to(x_BH.dtype)
             x_BH = x_BH + self.feature_input(columns_BF)
-        for block in list(self.blocks) * (self.settings.depth if self.settings.tied else 1):
+        for block in list(self.blocks) * (self.config.depth if self.config.tied else 1):
             x_BH = x_BH + F.silu(block(x_BH))
         logit_B1 = self.output(x_BH)
         if columns_BF is not None:
@@ -200,7 +207,7 @@ class AcceptanceHead(nn.Module):
         where starting an operation costs more than its arithmetic, NumPy computes it (a third of the time).
 
         Args:
-            hidden_BH: the drafter's last hidden state after its final norm; producing or consumed, as `settings.state`.
+            hidden_BH: the drafter's last hidden state after its final norm; producing or consumed, as `config.state`.
             log_q_B: log q(Y) in nats, needed when the head has that feature; likewise the two below.
             entropy_B: entropy of the q that drew Y, in nats.
             step_B: place of Y in its round, from 1.
@@ -222,7 +229,7 @@ class AcceptanceHead(nn.Module):
         if single:
             x_BH = x_BH[0]  # a vector times a matrix is quicker than a matrix of one row
         logit_B = weights.output_bias + self._shift
-        if self.settings.features:
+        if self.config.features:
             given = [None if value is None else value.float().numpy() for value in features]
             columns_BF = np.array(self._columns(np, given)).T
             if single:
@@ -238,7 +245,7 @@ class AcceptanceHead(nn.Module):
         """Scalar features as columns of order one, computed by `library` (torch or NumPy)."""
         columns: list[Any] = []
         for name, value in zip(FEATURES, features, strict=True):
-            if name not in self.settings.features:
+            if name not in self.config.features:
                 continue
             if value is None:
                 raise ValueError(f"this head reads {name}, which was not given")
@@ -250,11 +257,11 @@ class AcceptanceHead(nn.Module):
         named = {name: value.detach().float().numpy() for name, value in self.named_parameters()}
         blocks = [(named[f"blocks.{i}.weight"].T, named[f"blocks.{i}.bias"]) for i in range(len(self.blocks))]
         self._numpy = _NumpyWeights(
-            blocks=blocks * (self.settings.depth if self.settings.tied else 1),
+            blocks=blocks * (self.config.depth if self.config.tied else 1),
             output=named["output.weight"][0],
             output_bias=named["output.bias"],
-            feature_input=named["feature_input.weight"].T if self.settings.features else None,
-            feature_output=named["feature_output.weight"][0] if self.settings.features else None,
+            feature_input=named["feature_input.weight"].T if self.config.features else None,
+            feature_output=named["feature_output.weight"][0] if self.config.features else None,
         )
         return self._numpy
 
@@ -270,7 +277,7 @@ class AcceptanceHead(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(self.settings.to_json(), encoding="utf-8")
+        (folder / "config.json").write_text(self.config.to_json_string(), encoding="utf-8")
 
     @classmethod
     def load(

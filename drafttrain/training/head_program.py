@@ -198,7 +198,7 @@ def start_head(settings: HeadConfig, config: AcceptanceHeadConfig, accept_new_ta
     pair = {"target": config.target, "drafter": config.drafter, "accept_new_target": accept_new_target}
     earlier = AcceptanceHead.load(settings.init_from, **pair)
     for name in ("hidden_size", "state", "depth", "tied", "features"):
-        old, new = getattr(earlier.settings, name), getattr(config, name)
+        old, new = getattr(earlier.config, name), getattr(config, name)
         if old != new:
             raise UserError(f"head.init_from {settings.init_from} has {name} {old}, the recipe {new}; make them agree.")
     head.load_state_dict(earlier.state_dict())

@@ -165,7 +165,7 @@ class HeadTrainer(Trainer):
         kwargs |= {"train_dataset": train, "eval_dataset": eval_dataset, "data_collator": collate}
         super().__init__(model=head, args=args, **kwargs)
         self._states, self._held_out = states, held_out
-        self._weights = (head.settings.w_acc, head.settings.w_rej)
+        self._weights = (head.config.w_acc, head.config.w_rej)
 
     def _get_train_sampler(self, train_dataset: HeadDataset | None = None) -> SequentialSampler:
         return SequentialSampler(train_dataset or self.train_dataset)  # the data set shuffles itself
@@ -224,7 +224,7 @@ class HeadTrainer(Trainer):
 
     def trained_head(self) -> AcceptanceHead:
         """A float32 copy of the head on the CPU, gathered where it was sharded; all processes call it."""
-        head = AcceptanceHead(self.model.settings)
+        head = AcceptanceHead(self.model.config)
         head.load_state_dict({name: value.float() for name, value in self._whole_weights().items()})
         return head.eval()
 

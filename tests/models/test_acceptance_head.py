@@ -190,7 +190,7 @@ def test_a_saved_head_scores_the_same(tmp_path, settings):
     head = make(**settings, **config)
     head.save_pretrained(tmp_path)
     loaded = AcceptanceHead.load(tmp_path, target=TARGET, drafter=DRAFTER)
-    assert loaded.settings == head.settings
+    assert loaded.config == head.config
     assert torch.equal(loaded.score(*inputs()), head.score(*inputs()))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not loaded.training
@@ -241,7 +241,7 @@ def test_a_foreign_configuration_is_refused(tmp_path, text):
 
 
 def test_unknown_keys_of_a_configuration_are_refused(tmp_path):
-    values = json.loads(AcceptanceHeadConfig(8).to_json()) | {"dropout": 0.1}
+    values = json.loads(AcceptanceHeadConfig(8).to_json_string()) | {"dropout": 0.1}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="dropout"):
         load_config(tmp_path)

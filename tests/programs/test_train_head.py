@@ -25,7 +25,7 @@ from tests.training.synthetic_traces import make_manifest, make_records, write_t
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "drafttrain" / "train_head.py"
 STEPS = 8  # two epochs of four
-ARGUMENTS = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "use_cpu": True, "disable_tqdm": True}
+ARGUMENTS = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "disable_tqdm": True}
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_process_without_any_token_takes_part(run, tmp_path, pair):
 def test_deepspeed_trains_the_same_head(run, tmp_path):
     pytest.importorskip("deepspeed")
     zero = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": "auto"}
-    zero |= {name: "auto" for name in ("train_batch_size", "train_micro_batch_size_per_gpu")}
+    zero |= dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto")
     zero |= {"gradient_accumulation_steps": "auto"}
     settings = tmp_path / "zero2.json"
     settings.write_text(json.dumps(zero))

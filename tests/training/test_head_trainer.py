@@ -222,7 +222,7 @@ def test_a_head_that_sees_the_label_beats_q_alone_and_is_calibrated_after_invers
 def test_the_trained_head_is_a_copy(tmp_path):
     trainer = make_trainer(tmp_path)
     head = trainer.trained_head()
-    assert head.settings == trainer.model.settings
+    assert head.config == trainer.model.config
     with torch.no_grad():
         trainer.model.output.bias += 1
     assert not torch.equal(head.output.bias, trainer.model.output.bias)
