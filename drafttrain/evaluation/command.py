@@ -134,7 +134,7 @@ class Evaluation:
             schema_version=SCHEMA_VERSION,
             verdict=verdict,
             environment=environment,
-            pair=self.models.describe(self.parsed.accept_new_target),
+            pair=self.models.describe(self.run, self.parsed.accept_new_target),
             workload=self._workload(measured, configs),
             methods=rows,
             sweep=points,
@@ -179,7 +179,7 @@ class Evaluation:
         if traces is None:
             traces = made_traces(self.models, sampling, tuning, 8, config.max_length, self.seed)
         record = record_for_replay(self.models, traces, self.inputs.references)
-        swept = settings(config, self.models.head is not None)
+        swept = settings(config, {name: head.config for name, head in self.models.heads.items()})
         known = {each.method for each in swept}
         swept += [
             SweptSetting(method, kind_of(method), parameter_of(method))

@@ -296,7 +296,7 @@ def _write(run: RunFolder, models: Models, proofs: Sequence[Proof], began: float
         "schema_version": 1,
         "passed": all(proof.passed for proof in proofs),
         "environment": json.loads(to_json_line(describe(models.device, began))),
-        "pair": json.loads(to_json_line(models.describe(False))),
+        "pair": json.loads(to_json_line(models.describe(run, False))),
         "proofs": [{"passed": proof.passed, **json.loads(to_json_line(proof))} for proof in proofs],
     }
     write_atomically(run.path / "lossless.json", json.dumps(data, indent=1) + "\n")

@@ -33,23 +33,23 @@ from drafttrain.models.loading import (
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder
 
+HEAD_KIND = "acceptance_head"
+
 
 @dataclass
 class Models:
-    """A target, a drafter of its, maybe a head, and the engines made of them so far.
+    """A target, a drafter of its, acceptance heads, and the engines made of them so far.
 
     Attributes:
         target, drafter: as loaded, in the dtype that speed is measured in.
-        head: the acceptance head, if there is one.
-        head_path: where it came from.
+        heads: acceptance heads by the names of their folders, which expressions use; the run's own is "head".
         ends: tokens that end an answer.
         dtype: name of the dtype of both models.
     """
 
     target: Loaded
     drafter: Loaded
-    head: AcceptanceHead | None
-    head_path: str | None
+    heads: dict[str, AcceptanceHead]
     ends: frozenset[int]
     dtype: str
     _engines: dict[str, tuple[Engine, Engine]] = field(default_factory=dict)
@@ -96,8 +96,7 @@ class Models:
 
     def members(self, dtype: str | None = None) -> dict[str, Any]:
         """What the names in a method expression stand for."""
-        members: dict[str, Any] = {"drafter": self.engines(dtype)[1]}
-        return members | ({"head": self.head} if self.head is not None else {})
+        return {"drafter": self.engines(dtype)[1], **self.heads}
 
     def decoder(self, method: str, sampling: Sampling, seed: int, dtype: str | None = None) -> Decoder:
         """A decoder for a method.
@@ -113,14 +112,14 @@ class Models:
         build(method, self.members())
         return str(parse_method(method))
 
-    def describe(self, accepted_new_target: bool) -> Pair:
+    def describe(self, run: RunFolder, accepted_new_target: bool) -> Pair:
         """The pair's part of a report."""
         return Pair(
             self.target.path,
             self.target.fingerprint.to_dict(),
             self.drafter.path,
             self.drafter.fingerprint.to_dict(),
-            self.head_path,
+            {name: str(run.path / name) for name in self.heads},
             accepted_new_target,
             _parameters(self.target.model),
             _parameters(self.drafter.model),
@@ -140,17 +139,17 @@ def load_models(parsed: Parsed) -> Models:
     drafter = load_drafter(path, dtype, recipe.target.trust_remote_code)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, path)
     _check_made_for(path, target, parsed.accept_new_target)
-    head = None
-    if run.head.exists():
-        head = AcceptanceHead.load(
-            run.head,
-            target=target.fingerprint,
-            drafter=drafter.fingerprint,
-            accept_new_target=parsed.accept_new_target,
-            device=drafter.model.device,
-        )
+    checks = {"target": target.fingerprint, "drafter": drafter.fingerprint}
+    checks |= {"accept_new_target": parsed.accept_new_target, "device": drafter.model.device}
+    heads = {name: AcceptanceHead.load(run.path / name, **checks) for name in head_names(run)}
     ends = end_tokens(target.tokenizer, getattr(target.model, "generation_config", None))
-    return Models(target, drafter, head, str(run.head) if head else None, ends, dtype)
+    return Models(target, drafter, heads, ends, dtype)
+
+
+def head_names(run: RunFolder) -> list[str]:
+    """Folders of the run that hold an acceptance head, the run's own first."""
+    found = [info.parent for info in sorted(run.path.glob(f"*/{INFO}")) if read_info(info.parent).kind == HEAD_KIND]
+    return sorted((folder.name for folder in found), key=lambda name: (name != run.head.name, name))
 
 
 def speed_dtype(recipe: Recipe) -> str:

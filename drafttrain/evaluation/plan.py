@@ -12,9 +12,9 @@ from drafttrain.decoding.expression import parse_method
 from drafttrain.errors import UserError
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.names import sampling_name
-from drafttrain.evaluation.pair import drafter_path, speed_dtype
+from drafttrain.evaluation.pair import drafter_path, head_names, speed_dtype
 from drafttrain.evaluation.sweep import settings
-from drafttrain.models.acceptance_head import load_config
+from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
 from drafttrain.models.loading import check_same_tokenizer, load_tokenizer
 from drafttrain.run_folder import RunFolder
 
@@ -33,17 +33,15 @@ def plan(parsed: Parsed) -> None:
     path = drafter_path(recipe, run)
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
     check_same_tokenizer(target, load_tokenizer(path), path)
-    has_head = run.head.exists()
-    if has_head:
-        load_config(run.head)
-    _check_methods(recipe.evaluate.methods or [], has_head)
+    heads = {name: load_config(run.path / name) for name in head_names(run)}
+    _check_methods(recipe.evaluate.methods or [], {"drafter", *heads})
     found = inputs_of(parsed, target, _context(recipe, path), write=False)
     shown = target.decode(found.test[0]["prompt_ids"])
     print(
         f"\n--- one test prompt; [[ ]] marks what every method is timed on ---\n{shown}[[the answer, at most", end=" "
     )
     print(f"{recipe.evaluate.max_new_tokens} tokens]]\n\n--- what would run ---")
-    for line in _work(parsed, found, path, has_head):
+    for line in _work(parsed, found, path, heads):
         print(line)
 
 
@@ -55,8 +53,7 @@ def _context(recipe: Any, path: str) -> int:
     return min(getattr(config.get_text_config(), "max_position_embeddings", _NO_LIMIT) for config in configs)
 
 
-def _check_methods(methods: list[str], has_head: bool) -> None:
-    members = {"drafter"} | ({"head"} if has_head else set())
+def _check_methods(methods: list[str], members: set[str]) -> None:
     for method in methods:
         missing = sorted(parse_method(method).members - members)
         if missing:
@@ -65,18 +62,17 @@ def _check_methods(methods: list[str], has_head: bool) -> None:
             )
 
 
-def _work(parsed: Parsed, found: Inputs, path: str, has_head: bool) -> list[str]:
+def _work(parsed: Parsed, found: Inputs, path: str, heads: dict[str, AcceptanceHeadConfig]) -> list[str]:
     config = parsed.recipe.evaluate
     samplings = [sampling_name(each) for each in config.samplings or [parsed.recipe.responses.sampling]]
-    kinds = 3 if has_head else 2
-    methods = 1 + (len(config.methods) if config.methods else kinds * config.top)
+    methods = 1 + (len(config.methods) if config.methods else (2 + len(heads)) * config.top)
     turns = len(found.test)
     tokens = turns * methods * config.repeats * config.max_new_tokens * len(samplings)
     tasks = ", ".join(f"{task} {count}" for task, count in Counter(r["task"] for r in found.test).items())
     return [
-        f"pair: {parsed.recipe.target.path} with {path}" + (", and its acceptance head" if has_head else ", no head"),
+        f"pair: {parsed.recipe.target.path} with {path}" + (f", heads: {', '.join(heads)}" if heads else ", no head"),
         f"settings: {'; '.join(samplings)}; {speed_dtype(parsed.recipe)}, batch {config.batch_size}",
-        f"replay: {len(settings(config, has_head))} lengths and thresholds, and perfect stopping",
+        f"replay: {len(settings(config, heads))} lengths and thresholds, and perfect stopping",
         f"real runs: {methods} methods x {turns} test conversations x {config.repeats} repeats ({tasks})",
         f"tokens: at most {tokens:,} for the turns of one answer each, decoded one prompt after another",
         f"report: {RunFolder(parsed.run).report / 'report.html'}",

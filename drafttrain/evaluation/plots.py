@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; every kind o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -245,8 +246,8 @@ def pareto(report: Report) -> Figure | None:
     figure, panels = _panels(report, 5.6, 4.6)
     for name, axis in panels:
         points = [point for point in report.sweep if point.sampling == name]
-        for kind in dict.fromkeys(point.kind for point in points):
-            _pareto_kind(axis, [point for point in points if point.kind == kind], kind)
+        for family in dict.fromkeys(_family(point) for point in points):
+            _pareto_family(axis, [point for point in points if _family(point) == family], family)
         axis.set_xlabel("discard rate: discarded drafted tokens per emitted token")
         axis.margins(0.06)
     panels[0][1].set_ylabel("verification rate: target forwards per emitted token")
@@ -255,33 +256,41 @@ def pareto(report: Report) -> Figure | None:
     return figure
 
 
-def _pareto_kind(axis: Axes, points: Sequence[SweepPoint], kind: str) -> None:
+def _family(point: SweepPoint) -> tuple[str, str]:
+    """Kind, and the name of a head that is not the run's own: a curve for each."""
+    named = re.search(r"AcceptanceHead\((\w+)", point.method)
+    return point.kind, named.group(1) if named and named.group(1) != "head" else ""
+
+
+def _pareto_family(axis: Axes, points: Sequence[SweepPoint], family: tuple[str, str]) -> None:
+    kind, head = family
+    color = COLORS["other"] if head else COLORS[kind]
+    marker = MARKERS["other"] if head else MARKERS[kind]
     points = sorted(points, key=lambda point: point.parameter or 0.0)
-    x, y = [p.discard_rate for p in points], [p.verification_rate for p in points]
     axis.plot(
-        x,
-        y,
-        marker=MARKERS[kind],
+        [point.discard_rate for point in points],
+        [point.verification_rate for point in points],
+        marker=marker,
         ms=9 if kind == "oracle" else 5,
         lw=1.2,
-        color=COLORS[kind],
+        color=color,
         alpha=0.85,
-        label=NAMES[kind],
+        label=f"{NAMES[kind]} {head}".strip(),
     )
-    best = max(points, key=lambda point: point.predicted_speedup)
     if kind != "oracle":
-        axis.plot(best.discard_rate, best.verification_rate, "o", ms=14, mfc="none", mec=COLORS[kind], mew=1.6)
+        best = max(points, key=lambda point: point.predicted_speedup)
+        axis.plot(best.discard_rate, best.verification_rate, "o", ms=14, mfc="none", mec=color, mew=1.6)
         axis.plot([], [], "o", ms=11, mfc="none", mec="#555555", label="fastest of its kind")
     if kind == "fixed":
-        for p in points:
-            if p.parameter in (1, 2, 3, 4, 6, 8, 12):
+        for point in points:
+            if point.parameter in (1, 2, 3, 4, 6, 8, 12):
                 axis.annotate(
-                    f"K={int(p.parameter)}",
-                    (p.discard_rate, p.verification_rate),
+                    f"K={int(point.parameter)}",
+                    (point.discard_rate, point.verification_rate),
                     fontsize=8,
                     xytext=(7, 5),
                     textcoords="offset points",
-                    color=COLORS[kind],
+                    color=color,
                 )
 
 

@@ -198,7 +198,8 @@ class Pair:
     target_fingerprint: dict[str, str]
     drafter: str
     drafter_fingerprint: dict[str, str]
-    head: str | None
+    heads: dict[str, str]
+    """acceptance heads: path by the name that expressions use"""
     accepted_new_target: bool
     target_parameters: int
     drafter_parameters: int

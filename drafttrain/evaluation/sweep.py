@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from drafttrain.config import EvaluateConfig
 from drafttrain.decoding.counts import Counts
-from drafttrain.decoding.expression import build, parse_method
+from drafttrain.decoding.expression import Member, build, parse_method
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.policies import OraclePolicy, Policy, policy_of
 from drafttrain.evaluation.replay import Tally, replay
 from drafttrain.evaluation.schema import Costs, Kind, SweepPoint
 from drafttrain.evaluation.trace_record import Record
 from drafttrain.evaluation.verdict import predict
+from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 
 ORACLE = "perfect stopping"
 RUN_KINDS: tuple[Kind, ...] = ("fixed", "head", "confidence", "entropy")
@@ -33,17 +34,27 @@ class Setting:
     parameter: float | None
 
 
-def settings(config: EvaluateConfig, has_head: bool) -> list[Setting]:
-    """What is swept: K = 1 .. max_length, and every threshold of every adaptive rule."""
+def settings(config: EvaluateConfig, heads: Mapping[str, AcceptanceHeadConfig]) -> list[Setting]:
+    """What is swept: K = 1 .. max_length, and every threshold of every adaptive rule.
+
+    A head's own recommended threshold is among its thresholds, and its least length is kept.
+    """
     longest = config.max_length
     limit = "" if longest == 12 else f", max={longest}"
     found = [Setting(f"Model(drafter, length={k})", "fixed", float(k)) for k in range(1, longest + 1)]
-    for h in config.thresholds:
+    for h in sorted(config.thresholds):
         found.append(Setting(f"Model(drafter, stop=Confidence({h}{limit}))", "confidence", h))
-    if has_head:
-        for h in config.thresholds:
-            found.append(Setting(f"Model(drafter, stop=AcceptanceHead(head, {h}{limit}))", "head", h))
+    for name, head in heads.items():
+        least = "" if head.min_length == 1 else f", min={min(head.min_length, longest)}"
+        for h in sorted({*config.thresholds, head.threshold}):
+            found.append(Setting(f"Model(drafter, stop=AcceptanceHead({name}, {h}{least}{limit}))", "head", h))
     return [Setting(str(parse_method(each.method)), each.kind, each.parameter) for each in found]
+
+
+def head_of(method: str) -> str | None:
+    """Name of the acceptance head that a method asks, None if it asks none."""
+    stop = dict(parse_method(method).arguments).get("stop")
+    return next((value.name for _, value in stop.arguments if isinstance(value, Member)), None) if stop else None
 
 
 def kind_of(method: str) -> Kind:
@@ -89,7 +100,9 @@ def sweep(
     """
     longest = max((each.parameter or 0 for each in swept if each.kind == "fixed"), default=12)
     members = models.members()
-    policies: list[Policy] = [policy_of(build(each.method, members).stop) for each in swept]
+    policies: list[Policy] = [
+        policy_of(build(each.method, members).stop, head_of(each.method) or "head") for each in swept
+    ]
     everything = [*swept, Setting(ORACLE, "oracle", None)]
     tallies = replay(record, [*policies, OraclePolicy(int(longest))])
     return [
@@ -133,10 +146,12 @@ def weighted(by_task: Mapping[str, Counts], weights: Mapping[str, float]) -> Cou
 
 
 def pick(points: Sequence[SweepPoint], top: int) -> list[str]:
-    """The `top` settings of each kind that replay predicts to be fastest, marked in `points` as measured."""
+    """The `top` settings of each kind, and of each head, that replay predicts to be fastest; marked as measured."""
+    families = dict.fromkeys((point.kind, head_of(point.method)) for point in points if point.kind in RUN_KINDS)
     picked = []
-    for kind in RUN_KINDS:
-        best = sorted((p for p in points if p.kind == kind), key=lambda point: -point.predicted_speedup)[:top]
+    for family in sorted(families, key=lambda family: RUN_KINDS.index(family[0])):
+        mine = [point for point in points if point.kind in RUN_KINDS and (point.kind, head_of(point.method)) == family]
+        best = sorted(mine, key=lambda point: -point.predicted_speedup)[:top]
         for point in sorted(best, key=lambda point: point.parameter or 0.0):
             point.measured = True
             picked.append(point.method)

@@ -181,7 +181,7 @@ def _models(report: Report) -> str:
         f"Target `{pair.target}` ({pair.target_parameters / 1e6:.1f}M parameters), drafter `{pair.drafter}` "
         f"({pair.drafter_parameters / 1e6:.1f}M)"
     )
-    line += f", head `{pair.head}`." if pair.head else "."
+    line += "".join(f", {name} `{path}`" for name, path in pair.heads.items()) + "."
     if pair.accepted_new_target:
         line += " The target's weights are not those that the drafter was made for; this was asked for."
     return line

@@ -27,9 +27,6 @@ from drafttrain.run_folder import RunFolder
 
 Row = Mapping[str, Any]
 
-HEAD = "head"
-"""Name of the acceptance head's scores in a record, and of the head in expressions."""
-
 CALIBRATION_TOKENS = 64
 """New tokens of an instrumented run: enough rounds for a mean."""
 
@@ -54,8 +51,7 @@ def calibrate(
     """
     methods = [AUTOREGRESSIVE, *[f"Model(drafter, length={k})" for k in _LENGTHS if k < longest]]
     methods += [f"Model(drafter, length={longest})", f"Model(drafter, stop=Confidence(0.4, max={longest}))"]
-    if models.head is not None:
-        methods.append(f"Model(drafter, stop=AcceptanceHead(head, 0.4, max={longest}))")
+    methods += [f"Model(drafter, stop=AcceptanceHead({name}, 0.4, max={longest}))" for name in models.heads]
     short = [dataclasses.replace(each, limit=min(each.limit, CALIBRATION_TOKENS)) for each in questions]
     groups = batches(short, batch_size)
     decoders = {method: models.decoder(method, sampling, seed) for method in methods}
@@ -135,13 +131,12 @@ def _response(question: Question, ids: Sequence[int]) -> Row:
 
 
 def record_for_replay(models: Models, traces: Traces, references: Mapping[tuple[str, int], str]) -> Record:
-    """Traces as replay reads them, with the head's scores, without the answers that do not count in a report."""
+    """Traces as replay reads them, with the heads' scores, without the answers that do not count in a report."""
     rows = [row for row in traces.rows if counts(row, references, models.tokenizer)]
     rows = rows or list(traces.rows)
-    added = {}
-    if models.head is not None:
-        scored = with_run_entropy(rows, traces.manifest)
-        added[HEAD] = score_rows(models.engines()[1].model, models.head, scored)
+    scored = with_run_entropy(rows, traces.manifest)
+    drafter = models.engines()[1].model
+    added = {name: score_rows(drafter, head, scored) for name, head in models.heads.items()}
     return record_of(rows, traces.manifest, added)
 
 

@@ -12,9 +12,11 @@ gains most is the limit. "Half" puts the four on one scale; "all" would always n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from drafttrain.decoding.counts import Counts
+from drafttrain.evaluation.cost import CostModel
 from drafttrain.evaluation.schema import (
     Costs,
     Decision,
@@ -214,34 +216,18 @@ def rising(tau_history: Sequence[dict[str, Any]], share: float = 0.02) -> bool:
 
 def predict(figures: Figures | Counts, costs: Costs) -> float:
     """Speed-up that a method's own counts and the measured costs predict (the formula above)."""
-    return 1 / sum(_per_token(figures, costs).values())
-
-
-def _per_token(figures: Figures | Counts, costs: Costs) -> dict[str, float]:
-    """Cost per emitted token in autoregressive steps: drafting, the narrow and the extra part of checking, the loop."""
-    draft = sum(forwards * costs.c.get(name, 0.0) for name, forwards in figures.draft_forwards.items())
-    narrow = figures.rounds * costs.v[0]
-    extra, loop = _verify(figures, costs) - narrow, figures.rounds * costs.o
-    parts = {"draft": draft, "narrow": narrow, "extra": extra, "loop": loop}
-    return {name: cost / figures.tokens for name, cost in parts.items()}
-
-
-def _verify(figures: Figures | Counts, costs: Costs) -> float:
-    """Sum over rounds of v(w). Rounds of exactly i drafted tokens are those that draft position i but not i + 1."""
-    reach = [figures.rounds, *figures.drafted_at, 0]
-    last = len(costs.v) - 1
-    return sum((reach[i] - reach[i + 1]) * costs.v[min(i, last)] for i in range(len(reach) - 1))
+    return CostModel.of(costs).predicted_speedup(figures)
 
 
 def halved(figures: Figures, costs: Costs) -> dict[str, float]:
     """Predicted speed-up with half of what tau, c, v or o costs gone, each alone."""
-    parts = _per_token(figures, costs)
-    total = sum(parts.values())
+    half_c = {name: value / 2 for name, value in costs.c.items()}
+    half_v = [(value + costs.v[0]) / 2 for value in costs.v]
     return {
-        "tau": _tau_gain(figures) / total,
-        "c": 1 / (total - parts["draft"] / 2),
-        "v": 1 / (total - max(parts["extra"], 0.0) / 2),
-        "o": 1 / (total - max(parts["loop"], 0.0) / 2),
+        "tau": _tau_gain(figures) * predict(figures, costs),
+        "c": predict(figures, replace(costs, c=half_c)),
+        "v": predict(figures, replace(costs, v=half_v)),
+        "o": predict(figures, replace(costs, o=costs.o / 2)),
     }
 
 

@@ -221,7 +221,7 @@ def pair(**changes):
         "target_fingerprint": {"tokenizer": "t", "architecture": "a", "weights": "w"},
         "drafter": "runs/x/drafter",
         "drafter_fingerprint": {"tokenizer": "t", "architecture": "b", "weights": "x"},
-        "head": "runs/x/head",
+        "heads": {"head": "runs/x/head"},
         "accepted_new_target": False,
         "target_parameters": 5_800_000,
         "drafter_parameters": 1_900_000,

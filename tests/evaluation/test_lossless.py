@@ -27,7 +27,7 @@ def models(tiny_tokenizer):
         for weight in close.parameters():
             weight += 0.08 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     target, drafter = (Loaded(each, tiny_tokenizer, nobody, "tiny") for each in (model, close))
-    return Models(target, drafter, None, None, end_tokens(tiny_tokenizer, None), "float32")
+    return Models(target, drafter, {}, end_tokens(tiny_tokenizer, None), "float32")
 
 
 def found_by(models, answers):
