@@ -134,7 +134,7 @@ def test_the_cache_holds_what_lists_would_hold(rows, operations):
             texts = [text[:length] for text, length in zip(texts, lengths, strict=True)]
         elif len(texts) > 1:
             gone = numbers[0] % len(texts)
-            kept = [row for row in range(len(texts) - 1)]
+            kept = list(range(len(texts) - 1))
             if gone < len(texts) - 1:
                 kept[gone] = len(texts) - 1
             cache.keep(kept)
