@@ -98,7 +98,7 @@ class Branches:
         return prepare_mask(self._cache, positions_1L, self._model.dtype, groups, window, softcap)
 
     def _branch_mask(self, window: int | None) -> Tensor:
-        """What the branches' newest tokens may see, additive [B, 1, W, S]: their sequence up to the root, themselves."""
+        """What the branches' newest tokens may see, additive [B, 1, W, S]: the text up to the root, and their chain."""
         roots_BW1 = self._roots_BW.unsqueeze(2)
         rows, width = self._roots_BW.shape
         device = roots_BW1.device
@@ -147,8 +147,8 @@ def batch_branch_states(
 
     Args:
         model: the drafter.
-        rows: (prompt_ids, response_ids X [T], draft_ids Y [T], run_ids [M * R]) of every row; M counts the positions with
-            Y != X; run_ids may be empty (R = 0).
+        rows: (prompt_ids, response_ids X [T], draft_ids Y [T], run_ids [M * R]) of every row; M counts the positions
+            with Y != X; run_ids may be empty (R = 0).
 
     Returns:
         a `BranchStates` a row, in the model's dtype on its device.
@@ -189,7 +189,7 @@ def _rejected(
 
 
 def _read_chains(branches: Branches, chains: list[list[list[int]]], depth: int) -> Tensor:
-    """States [D, B, W, H] after each token of the chains, which are tokens by row and branch, padded here with token 0."""
+    """States [D, B, W, H] after each token of the chains (tokens by row and branch; padded here with token 0)."""
     width = max(map(len, chains))
     if width == 0:
         hidden_BLH = branches.hidden_BLH

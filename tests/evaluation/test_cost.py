@@ -1,0 +1,91 @@
+"""The cost model agrees with hand-made sums, and its measurement with the clock it uses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from drafttrain.decoding.counts import Counts
+from drafttrain.decoding.engine import Engine
+from drafttrain.evaluation.cost import CostModel, best, best_by_group, gap_closed, measure_costs, widths_of
+from drafttrain.evaluation.policies import FixedPolicy, OraclePolicy
+from drafttrain.evaluation.replay import replay
+from drafttrain.evaluation.trace_record import Record
+
+MODEL = CostModel({"drafter": 0.2}, {1: 1.0, 3: 1.2, 5: 1.6}, 0.1)
+
+
+def rounds(*drafted_and_accepted: tuple[int, int]) -> Counts:
+    counts = Counts()
+    for drafted, accepted in drafted_and_accepted:
+        counts.add_round(accepted + 1, drafted, accepted, {"drafter": drafted}, 0.0)
+    return counts
+
+
+def record(lengths=(40, 60), seed=0) -> Record:
+    accepted = np.random.default_rng(seed).random(sum(lengths)) < 0.7
+    runs = np.zeros((int((~accepted).sum()), 0), dtype=bool)
+    finished = [False] * len(lengths)
+    return Record.make(lengths, accepted, np.zeros(len(accepted), bool), runs, finished, None, ["a", "b"])
+
+
+def test_v_is_straight_between_widths_and_goes_on_beyond():
+    assert [MODEL.verify(width) for width in (1, 2, 3, 4, 5, 7)] == pytest.approx([1.0, 1.1, 1.2, 1.4, 1.6, 2.0])
+    assert CostModel({}, {1: 1.0}).verify(9) == 1.0
+
+
+def test_predicted_speedup_is_tokens_over_the_sum_of_costs():
+    counts = rounds((2, 2), (2, 0), (4, 3), (0, 0))
+    assert widths_of(counts) == {1: 1, 3: 2, 5: 1}
+    cost = 8 * 0.2 + (2 * 1.2 + 1.6 + 1.0) + 4 * 0.1
+    assert MODEL.cost(counts) == pytest.approx(cost)
+    assert MODEL.predicted_speedup(counts) == pytest.approx(9 / cost)
+
+
+def test_autoregressive_decoding_is_the_unit():
+    assert CostModel({}, {1: 1.0}).predicted_speedup(Counts(tokens=7, rounds=7, target_forwards=7)) == 1.0
+
+
+def test_a_tally_costs_what_its_counts_cost():
+    for tally in replay(record(), [FixedPolicy(3), OraclePolicy(6)]):
+        assert MODEL.cost(tally) == pytest.approx(MODEL.cost(tally.counts()))
+
+
+def test_groups_cost_together_what_they_cost_apart():
+    [tally] = replay(record(), [FixedPolicy(3)])
+    assert MODEL.cost(tally) == pytest.approx(sum(MODEL.cost(tally.of(group)) for group in tally.groups))
+
+
+def test_best_settings():
+    tallies = replay(record(), [FixedPolicy(k) for k in range(9)] + [OraclePolicy(8)])
+    speedups = [MODEL.predicted_speedup(tally) for tally in tallies]
+    assert best(tallies, MODEL) == speedups.index(max(speedups)) == 9  # nothing beats perfect stopping
+    free = CostModel({"drafter": 0.0}, {1: 1.0})
+    fastest = free.predicted_speedup(tallies[best(tallies[:9], free)])
+    assert free.predicted_speedup(tallies[8]) == fastest  # without costs nothing is better than long
+    assert set(best_by_group(tallies[:9], MODEL)) == {"a", "b"}
+
+
+def test_unknown_members_and_widths_are_refused():
+    with pytest.raises(KeyError):
+        MODEL.cost(rounds((1, 1)) + Counts(draft_forwards={"other": 1}))
+    with pytest.raises(ValueError, match="widths"):
+        CostModel({}, {})
+
+
+def test_gap_closed():
+    assert gap_closed(1.5, 1.0, 2.0) == 0.5
+    assert np.isnan(gap_closed(1.5, 2.0, 2.0))
+
+
+def test_measured_costs_are_ratios_to_one_target_step(tiny_target, tiny_drafter):
+    engines = Engine(tiny_target), {"drafter": Engine(tiny_drafter)}
+    measured = measure_costs(*engines, widths=(1, 2, 5), context=16, repeats=5, warm_up=1)
+    assert measured.model.v[1] == 1.0
+    assert set(measured.model.v) == {1, 2, 5}
+    assert measured.step_seconds > 0
+    assert 0 < measured.model.c["drafter"] < 5
+    assert measured.model.o >= 0
+    assert set(measured.spread) == {"target 1", "target 2", "target 5", "drafter"}
+    with pytest.raises(ValueError, match="width 1"):
+        measure_costs(*engines, widths=(2,))
