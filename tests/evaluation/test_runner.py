@@ -1,0 +1,124 @@
+"""Runs are interleaved and paired; instrumented runs account for every round and leave the decoder as it was."""
+
+import pytest
+
+from drafttrain.decoding.drafters import ModelDrafter
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.loop import Decoder
+from drafttrain.decoding.stopping import Confidence
+from drafttrain.evaluation import runner
+from drafttrain.evaluation.measure import breakdown, costs_of, rising_fit, step_seconds, typical, verify_costs
+from drafttrain.evaluation.questions import Question
+from drafttrain.evaluation.runner import Round, Timings, instrument, interleave
+from drafttrain.ops.sampling import Sampling
+from tests.conftest import build_llama
+
+
+@pytest.fixture(scope="module")
+def engines():
+    return Engine(build_llama(64, seed=0)), Engine(build_llama(64, layers=1, seed=1))
+
+
+def questions(count, limit=12):
+    return [Question(f"q{i}", "code", 0, (0, 7 + i, 11), limit, None, i) for i in range(count)]
+
+
+def decoders(engines, sampling=None):
+    target, small = engines
+    sampling = sampling or Sampling(0.0)
+    return {
+        "plain": Decoder(target, None, sampling),
+        "fixed": Decoder(target, ModelDrafter(small, 3), sampling),
+        "adaptive": Decoder(target, ModelDrafter(small, stop=Confidence(0.5)), sampling),
+    }
+
+
+def test_every_method_answers_every_question_as_often_and_in_changing_order(engines, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        runner, "answer", lambda decoder, group: asked.append((decoder, group[0].prompt_id)) or list(group)
+    )
+    made = decoders(engines)
+    found = interleave(made, questions(4), 1, repeats=3, warmup=1, description="")
+    assert {method: [len(repeats) for repeats in rows] for method, rows in found.items()} == dict.fromkeys(
+        made, [3] * 4
+    )
+    timed = asked[3:]  # after one warm-up each
+    firsts = [timed[i][0] for i in range(0, len(timed), 3)]
+    assert {id(decoder) for decoder in firsts} == {id(decoder) for decoder in made.values()}
+    assert [name for _, name in timed] == [f"q{i}" for i in range(4) for _ in range(9)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batches_hold_the_answers_of_their_rows(engines, batch):
+    asked = questions(5)
+    found = interleave(decoders(engines), asked, batch, repeats=2, warmup=0, description="")
+    for rows in found.values():
+        assert len(rows) == 5 and all(len(repeats) == 2 for repeats in rows)
+        assert [first.token_ids for first, _ in rows] == [second.token_ids for _, second in rows]
+    assert [r[0].token_ids for r in found["fixed"]] == [r[0].token_ids for r in found["plain"]]  # greedy
+
+
+@pytest.mark.parametrize("method", ["plain", "fixed", "adaptive"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_instrumented_run_accounts_for_every_round(engines, method, batch):
+    decoder = decoders(engines)[method]
+    asked = questions(4)
+    timings = instrument(decoder, runner.batches(asked, batch), engines)
+    counts = timings.counts
+    if batch == 1:
+        assert len(timings.rounds) == counts.rounds == counts.target_forwards
+        assert sum(each.steps for each in timings.rounds) == sum(counts.draft_forwards.values())
+        assert sum(each.width - 1 for each in timings.rounds) == counts.drafted
+    assert all(each.width >= 1 and each.verify > 0 for each in timings.rounds)
+    assert all(each.draft + each.verify <= each.total * (1 + 1e-6) for each in timings.rounds)
+    whole = sum(each.total for each in timings.rounds)
+    assert whole == pytest.approx(counts.decode_seconds, rel=0.35)
+    assert timings.kv_bytes > 0
+    spent = breakdown(timings)
+    assert spent.draft + spent.verify + spent.loop == pytest.approx(whole / counts.tokens)
+    assert (spent.draft > 0) == (method != "plain")
+
+
+def test_instruments_leave_no_trace(engines):
+    decoder = decoders(engines)["fixed"]
+    before = runner.answer(decoder, questions(1))[0].token_ids
+    instrument(decoder, [questions(1)], engines)
+    for thing, name in ((decoder.target, "forward"), (decoder.drafter, "propose"), (engines[1], "new_cache")):
+        assert name not in vars(thing)
+    assert runner.answer(decoder, questions(1))[0].token_ids == before
+
+
+def test_a_drafter_that_is_the_target_is_told_apart(engines):
+    decoder = Decoder(engines[0], ModelDrafter(engines[0], 3), Sampling(0.0))
+    timings = instrument(decoder, [questions(1)], engines)
+    assert len(timings.rounds) == timings.counts.rounds == 3
+    assert [each.steps for each in timings.rounds] == [3, 3, 3]
+
+
+# ---- costs ----
+
+
+def rounds(width, verify, draft=0.0, loop=0.0, count=40, steps=0):
+    return [Round(0.0, draft, verify, draft + verify + loop, width, steps) for _ in range(count)]
+
+
+def test_costs_are_in_autoregressive_steps():
+    baseline = Timings(rounds(1, 0.8, loop=0.2))
+    method = Timings(rounds(5, 1.2, draft=0.8, loop=0.3, steps=4))
+    method.counts.draft_forwards = {"drafter": 160}
+    assert step_seconds(baseline) == pytest.approx(1.0)
+    costs = costs_of(method, baseline, verify_costs([method], baseline, 6))
+    assert costs.c == {"drafter": pytest.approx(0.2)}
+    assert costs.o == pytest.approx(0.3)
+    assert costs.v == pytest.approx([0.8, 0.9, 1.0, 1.1, 1.2, 1.3])
+
+
+def test_a_round_that_waited_for_somebody_else_does_not_count():
+    slow = rounds(1, 30.0, count=1)
+    assert typical(rounds(1, 1.0, count=40) + slow) == rounds(1, 1.0, count=39)
+
+
+def test_a_wider_forward_never_costs_less():
+    assert rising_fit([1.0, 3.0, 2.0, 4.0], [1, 1, 3, 1]) == pytest.approx([1.0, 2.25, 2.25, 4.0])
+    assert rising_fit([3.0, 2.0, 1.0], [1, 1, 1]) == pytest.approx([2.0, 2.0, 2.0])

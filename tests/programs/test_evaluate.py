@@ -1,0 +1,223 @@
+"""`drafttrain evaluate`, `compare` and `lossless` as people run them, on tiny models with real tokenizers."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from drafttrain.cli import main
+from drafttrain.decoding import loop
+from drafttrain.evaluation.schema import AUTOREGRESSIVE, read_report, read_samples
+from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig
+from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
+from drafttrain.models.loading import load_drafter
+from tests.conftest import build_llama, build_tokenizer
+
+SMALL = {
+    "max_new_tokens": 16,
+    "repeats": 1,
+    "top": 1,
+    "max_length": 4,
+    "thresholds": [0.3, 0.6],
+    "bootstrap": 100,
+    "prompts_per_task": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A target, a drafter that often agrees with it, and prompts."""
+    folder = tmp_path_factory.mktemp("files")
+    tokenizer, target = build_tokenizer(), build_llama(layers=1, seed=0)
+    drafter = copy.deepcopy(target)
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight += 0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for name, model in (("target", target), ("drafter", drafter)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    said = [f"Repeat the word apple {i} times, then change pear number {7 * i}" for i in range(6)]
+    lines = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in said]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def flags(files, run, *more):
+    pair = ["--target.path", str(files / "target"), "--drafter.path", str(files / "drafter")]
+    small = [word for name, value in SMALL.items() for word in (f"--evaluate.{name}", str(value))]
+    return [*pair, "--prompts.path", str(files / "prompts.jsonl"), "--run", str(run), *small, *more]
+
+
+BOTH = ("--evaluate.samplings", '[{"temperature": 0}, {"temperature": 1}]')
+
+
+@pytest.fixture(scope="module")
+def probe(files, tmp_path_factory):
+    """The run folder of a probe, with an acceptance head in it."""
+    run = tmp_path_factory.mktemp("probe") / "run"
+    add_head(files, run)
+    main(["evaluate", *flags(files, run, *BOTH)])
+    return run
+
+
+def add_head(files, run):
+    """An acceptance head for the pair, not a good one."""
+    target, drafter = (load_drafter(str(files / name)) for name in ("target", "drafter"))
+    config = AcceptanceHeadConfig(32, depth=1, target=target.fingerprint, drafter=drafter.fingerprint)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = AcceptanceHead(config)
+    save_checkpoint(run / "head", head, None, CheckpointInfo("acceptance_head", target=target.fingerprint))
+
+
+def test_the_report_holds_every_kind_under_every_setting(probe):
+    report = read_report(probe)
+    for setting in ("greedy", "temperature 1"):
+        kinds = [row.kind for row in report.methods if row.sampling == setting]
+        assert kinds == ["autoregressive", "fixed", "head", "confidence"]
+        swept = [point.kind for point in report.sweep if point.sampling == setting]
+        assert [swept.count(kind) for kind in ("fixed", "confidence", "head", "oracle")] == [4, 2, 3, 1]
+    assert report.workload.prompts == {"chat": 3, "all": 3}
+    assert all(row.costs and row.predicted_speedup and row.replayed_speedup for row in report.of("greedy"))
+    assert all(row.kv_bytes and row.peak_memory and row.breakdown for row in report.methods)
+    assert {"speedup", "length", "pareto", "breakdown"} <= set(report.plots)
+    assert all((probe / path).is_file() for path in report.plots.values())
+    assert report.environment.cores and report.environment.versions["torch"]
+
+
+def test_output_is_checked_and_exact(probe):
+    report = read_report(probe)
+    assert report.verdict.decision != "not exact"
+    for row in report.of("greedy"):
+        assert [check.tier for check in row.lossless] == ["float64", "low precision"] or [
+            check.tier for check in row.lossless
+        ] == ["float64", "float32"]
+        assert row.lossless[0].passed and row.lossless[0].identical == row.lossless[0].answers
+    assert all(row.lossless[-1].tier == "sampled" for row in report.of("temperature 1"))
+
+
+def test_counts_agree_between_report_and_samples(probe):
+    report = read_report(probe)
+    for row in report.methods:
+        samples = read_samples(probe / row.samples)
+        assert len(samples) == 3
+        counted = [sample for sample in samples if not sample.looping]
+        if row.overall.looping == 0:
+            assert row.overall.tokens == sum(len(sample.token_ids) for sample in counted)
+        for sample in samples:
+            assert len(sample.sources) == len(sample.token_ids) == sample.counts["tokens"]
+            assert sample.sources.count("target") == len(sample.sources) - sample.counts["accepted"]
+    assert report.baseline("greedy").overall.tau == 1 or report.baseline("greedy").overall.prompts == 0
+
+
+def test_the_oracle_bounds_what_replay_says_of_discards(probe):
+    report = read_report(probe)
+    for point in report.sweep:
+        assert point.discard_rate == 0 or point.kind != "oracle"
+        assert point.tau * point.verification_rate == pytest.approx(1)
+
+
+def test_the_last_lines_are_the_verdict_and_the_report(files, tmp_path, capsys):
+    method = '["Model(drafter, length=2)"]'
+    main(["evaluate", *flags(files, tmp_path / "run", "--evaluate.methods", method)])
+    lines = capsys.readouterr().out.strip().splitlines()
+    report = read_report(tmp_path / "run")
+    assert lines[-1] == f"Report: {tmp_path / 'run' / 'report.html'}"
+    assert report.verdict.headline in lines[-8:]
+    assert [row.method for row in report.methods] == [AUTOREGRESSIVE, "Model(drafter, length=2)"]
+    assert report.workload.tuned_by == "the recipe (evaluate.methods)"
+
+
+def test_a_run_is_compared_with_itself(probe, capsys):
+    main(["compare", str(probe), str(probe)])
+    assert "No difference shown" in capsys.readouterr().out
+
+
+def test_batches_are_measured_too(files, tmp_path):
+    method = ("--evaluate.methods", '["Model(drafter, length=3)"]', "--evaluate.batch_size", "2")
+    main(["evaluate", *flags(files, tmp_path / "run", *method)])
+    report = read_report(tmp_path / "run")
+    assert report.workload.batch_size == 2
+    assert report.of("temperature 1")[0].overall.prompts == 3
+
+
+def test_wrong_output_fails_the_command_after_the_report_is_written(files, tmp_path, monkeypatch, capsys):
+    real = loop.verify_greedy
+
+    def lenient(choice, draft):
+        return real(torch.cat([draft.tokens_BK, choice[:, -1:]], 1) if draft.width else choice, draft)
+
+    monkeypatch.setattr(loop, "verify_greedy", lenient)
+    greedy = ("--evaluate.samplings", '[{"temperature": 0}]', "--evaluate.methods", '["Model(drafter, length=3)"]')
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *flags(files, tmp_path / "run", *greedy)])
+    assert stop.value.code == 1
+    assert read_report(tmp_path / "run").verdict.decision == "not exact"
+    assert "do not deploy" in capsys.readouterr().out
+
+
+def test_the_plan_runs_nothing_and_writes_nothing(files, tmp_path, capsys):
+    main(["evaluate", *flags(files, tmp_path / "run", "--plan")])
+    text = capsys.readouterr().out
+    assert "what would run" in text and "<|user|>" in text and "[[the answer" in text
+    assert not (tmp_path / "run").exists()
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+def test_mistakes_are_told_in_a_sentence(files, tmp_path, capsys, plan):
+    method = ("--evaluate.methods", '["Model(drafter, lenght=5)"]')
+    assert "lenght" in refused(capsys, "evaluate", *flags(files, tmp_path / "a", *method, *plan))
+    method = ("--evaluate.methods", '["Model(drafter, stop=AcceptanceHead(head, 0.5))"]')
+    assert "head" in refused(capsys, "evaluate", *flags(files, tmp_path / "b", *method, *plan))
+    nothing = ("--target.path", str(files / "target"), "--run", str(tmp_path / "c"), *plan)
+    assert "there is no drafter" in refused(capsys, "evaluate", *nothing)
+    prompts = ("--prompts.path", str(tmp_path / "none.jsonl"), *plan)
+    assert "none.jsonl" in refused(capsys, "evaluate", *flags(files, tmp_path / "d"), *prompts)
+
+
+def test_a_drafter_of_another_vocabulary_is_refused(files, tmp_path, capsys):
+    other = tmp_path / "other"
+    build_llama(280, layers=1).save_pretrained(other)
+    build_tokenizer(280).save_pretrained(other)
+    argv = [*flags(files, tmp_path / "run"), "--drafter.path", str(other)]
+    assert "another tokenizer" in refused(capsys, "evaluate", *argv)
+
+
+def test_a_damaged_report_is_no_report(probe, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(probe, folder)
+    (folder / "report.json").write_text("{")
+    assert "not a whole JSON file" in refused(capsys, "compare", str(probe), str(folder))
+
+
+def test_lossless_writes_its_proof(files, tmp_path, capsys):
+    pair = ("--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"))
+    sampling = ("--evaluate.samplings", '[{"temperature": 1}]')
+    main(["lossless", *pair, *sampling, "--method", "Model(drafter, length=3)", "--run", str(tmp_path / "proof")])
+    assert "Model(drafter, length=3): lossless" in capsys.readouterr().out
+    proof = json.loads((tmp_path / "proof" / "lossless.json").read_text())
+    assert proof["passed"] and len(proof["proofs"][0]["distributions"]) == 3
+
+
+@pytest.mark.slow
+def test_the_command_is_installed_under_its_name(files, tmp_path):
+    command = [sys.executable, "-m", "drafttrain.cli", "evaluate", *flags(files, tmp_path / "run", "--plan")]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "what would run" in done.stdout
