@@ -96,7 +96,7 @@ def made_traces(
     models: Models, sampling: Sampling, questions: Sequence[Question], batch_size: int, run_length: int, seed: int
 ) -> Traces:
     """Answer the tuning prompts without a drafter and trace the answers, in memory."""
-    from data_prep.trace_rows import Tracer, TraceSettings  # the one step back: a probe has no traces of its own
+    from drafttrain.evaluation.tracing import Tracer, TraceSettings
 
     decoder = models.decoder(AUTOREGRESSIVE, sampling, seed)
     settings = TraceSettings(sampling, seed, top_k=1, temperatures=(), run_length=run_length)
