@@ -139,6 +139,11 @@ def test_a_source_without_a_path_is_told():
             prompts_of(PromptsConfig(source=source), 0, TOKENIZER, CONTEXT)
 
 
+def test_a_path_is_meant_though_the_source_is_left_at_its_default(tmp_path):
+    path = write(tmp_path / "a.jsonl", questions(4))
+    assert prompts_of(PromptsConfig(path=path), 0, TOKENIZER, CONTEXT) == make(path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run folder
 
