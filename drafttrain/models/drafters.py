@@ -18,6 +18,7 @@ from drafttrain.errors import UserError
 from drafttrain.models.loading import (
     DTYPES,
     Loaded,
+    check_folder,
     check_same_tokenizer,
     load_causal_lm,
     load_tokenizer,
@@ -53,17 +54,46 @@ def build_drafter(config: DrafterConfig, target: Loaded, seed: int = 0, trust_re
         model = _cut(config, target)
     elif config.kind == "pretrained":
         if config.path is None:
-            raise UserError("drafter.kind is pretrained but drafter.path is not set; name a causal LM.")
+            raise _no_path()
         model = _pretrained(config.path, config, target, trust_remote_code)
     else:
         model = _new(config, target, seed)
     _check_vocabulary(model, target)
-    model.requires_grad_(True)
-    if config.lora is None:
-        return model
-    if config.kind == "new" and config.init_from is None:
-        raise UserError("drafter.lora adapts trained weights, a new drafter has none; remove it or set init_from.")
-    return _with_lora(model, config.lora)
+    return _adapted(model.requires_grad_(True), config)
+
+
+def sketch_drafter(config: DrafterConfig, target: Loaded) -> nn.Module:
+    """The shape of `build_drafter`'s result without storage, from small files alone; raises what that would raise.
+
+    Args:
+        config: the recipe's drafter section.
+        target: its model may be without storage too.
+    """
+    from transformers import AutoConfig
+
+    path = config.init_from or (config.path if config.kind == "pretrained" else None)
+    if path is not None:
+        check_folder(path, weights=True)
+        check_same_tokenizer(target.tokenizer, load_tokenizer(path), path)
+        shape = AutoConfig.from_pretrained(path)
+    elif config.kind == "cut":
+        shape = _cut_config(target.model.config, config.layers)[0]
+    elif config.kind == "pretrained":
+        raise _no_path()
+    else:
+        shape = new_config(target.model.config, config.config)
+    model = without_storage(shape)
+    _check_vocabulary(model, target)
+    with torch.device("meta"):
+        return _adapted(model, config)
+
+
+def without_storage(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal LM of this shape that takes no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
@@ -124,7 +154,7 @@ def new_config(target: PretrainedConfig, changes: dict[str, Any]) -> PretrainedC
         UserError: unknown family or key, or values that do not go together.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     values = _inheritable(target)
     family = changes.get("model_type", values["model_type"])
@@ -143,8 +173,7 @@ def new_config(target: PretrainedConfig, changes: dict[str, Any]) -> PretrainedC
     values.pop("model_type", None)
     try:
         config = AutoConfig.for_model(family, **values)
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+        without_storage(config)
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError, KeyError, RuntimeError) as error:
         raise UserError(f"drafter.config makes no model: {' '.join(str(error).split()).rstrip('.')}.") from error
     return config
@@ -186,18 +215,23 @@ def _per_layer(values: dict[str, Any]) -> list[str]:
 
 def _cut(config: DrafterConfig, target: Loaded) -> PreTrainedModel:
     source = target.model
-    numbers = layer_numbers(config.layers, source.config.get_text_config().num_hidden_layers)
+    shape, numbers = _cut_config(source.config, config.layers)
     if getattr(source, "is_quantized", False) or any(weight.is_meta for weight in source.parameters()):
         source = load_causal_lm(target.path, dtype=config.dtype)  # its weights as they are, not as they are served
-    values = _inheritable(source.config)
-    for name in _per_layer(values):
-        values[name] = [values[name][number] for number in numbers]
-    values["num_hidden_layers"] = len(numbers)
-    model = _random(type(source.config.get_text_config())(**values), config.dtype, seed=0)
+    model = _random(shape, config.dtype, seed=0)
     missing, unexpected = model.load_state_dict(_chosen_layers(source, numbers), strict=False)
     if missing or unexpected:
         raise UserError(f"{type(source).__name__} cannot be cut by layers ({[*missing, *unexpected][0]} does not fit).")
     return _take_generation_config(model, target)
+
+
+def _cut_config(target: PretrainedConfig, layers: list[int]) -> tuple[PretrainedConfig, list[int]]:
+    numbers = layer_numbers(layers, target.get_text_config().num_hidden_layers)
+    values = _inheritable(target)
+    for name in _per_layer(values):
+        values[name] = [values[name][number] for number in numbers]
+    values["num_hidden_layers"] = len(numbers)
+    return type(target.get_text_config())(**values), numbers
 
 
 def _chosen_layers(source: PreTrainedModel, numbers: list[int]) -> dict[str, torch.Tensor]:
@@ -247,6 +281,18 @@ def _check_vocabulary(model: PreTrainedModel, target: Loaded) -> None:
             raise UserError(
                 f"the {name} has {size} output rows but the tokenizer {entries} entries; take another {name}."
             )
+
+
+def _no_path() -> UserError:
+    return UserError("drafter.kind is pretrained but drafter.path is not set; name a causal LM.")
+
+
+def _adapted(model: PreTrainedModel, config: DrafterConfig) -> nn.Module:
+    if config.lora is None:
+        return model
+    if config.kind == "new" and config.init_from is None:
+        raise UserError("drafter.lora adapts trained weights, a new drafter has none; remove it or set init_from.")
+    return _with_lora(model, config.lora)
 
 
 def _with_lora(model: PreTrainedModel, config: LoraConfig) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,11 +57,49 @@ def training_arguments(
     from transformers import TrainingArguments
 
     check_arguments(arguments, section)
+    # YAML reads the word `no` as false, which transformers does not take for a strategy.
+    arguments = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in arguments.items()}
+    defaults = {**_placement(arguments, section), **(defaults or {})}
     fixed["output_dir"] = str(output_dir)
     for name in arguments:
         if name in fixed and arguments[name] != fixed[name]:
             raise UserError(f"{section}.arguments.{name} is set by the program to {fixed[name]}; remove it.")
     try:
-        return TrainingArguments(**{**(defaults or {}), **arguments, **fixed})
+        return TrainingArguments(**{**defaults, **arguments, **fixed})
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"{section}.arguments cannot be used: {' '.join(str(error).split()).rstrip('.')}.") from error
+
+
+def _placement(arguments: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """What the Trainer must be told so that processes without an accelerator train together, not each for itself.
+
+    Raises:
+        UserError: DeepSpeed without a launcher.
+    """
+    import torch
+
+    deepspeed = arguments.get("deepspeed") is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"{section}.arguments.deepspeed needs a launcher; start the program with deepspeed or accelerate."
+        )
+    if torch.accelerator.is_available():
+        return {}
+    if not deepspeed:
+        return {"use_cpu": True}
+    _join_on_cpu()
+    return {"accelerator_config": {"use_configured_state": True}}
+
+
+def _join_on_cpu() -> None:
+    """accelerate takes DeepSpeed without an accelerator for a single process unless it is told the backend."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before = os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        PartialState(backend="gloo")
+    finally:
+        if before is None:
+            del os.environ["ACCELERATE_USE_DEEPSPEED"]

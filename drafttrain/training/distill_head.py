@@ -126,7 +126,7 @@ class _ChunkedDistillation(torch.autograd.Function):
                 hidden_nH = hidden_NH[rows].to(dtype)
                 sums += _chunk(hidden_nH, q_head, p_head, lesson, rows, grads)
         ctx.grads = grads
-        loss, acceptance = sums.unbind()
+        loss, acceptance = sums[0].clone(), sums[1].clone()
         ctx.mark_non_differentiable(acceptance)
         return loss, acceptance
 
@@ -256,8 +256,8 @@ def attach(drafter: PreTrainedModel) -> PreTrainedModel:
     def forward(self: PreTrainedModel, *args, lesson: Lesson | None = None, **kwargs):
         if lesson is None:
             return plain_forward(*args, **kwargs)
-        kwargs.pop("num_items_in_batch", None)
-        hidden_BTH = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
+        hidden_BTH = self.get_decoder()(**inputs, use_cache=False).last_hidden_state
         loss, acceptance = self.get_output_embeddings()(hidden_BTH[lesson.selected_BT], lesson)
         return {"loss": loss, "acceptance": acceptance}
 
@@ -279,7 +279,7 @@ def check_head(model: PreTrainedModel) -> None:
     ids_BT = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     expected_TV = model(input_ids=ids_BT, use_cache=False).logits[0].double()
     head = output_head(model)
-    hidden_TH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0]
+    hidden_TH = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state[0]
     logits_TV = head.shape.apply(head.raw(hidden_TH.to(head.weight_VH.dtype))).double()
     unit = torch.finfo(head.weight_VH.dtype).eps
     if not torch.allclose(logits_TV, expected_TV, rtol=16 * unit, atol=64 * unit * float(expected_TV.abs().max())):

@@ -1,0 +1,246 @@
+"""`train_drafter.py --plan`: what would run, on a real rendered example, with estimates; fails on what fails later.
+
+Weights are not read: shapes come from config.json, so that a plan for a large pair takes seconds anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from torch import nn
+
+from drafttrain.config import Parsed, TargetConfig, resolve_path
+from drafttrain.distributed import say
+from drafttrain.errors import UserError
+from drafttrain.models.drafters import inner, sketch_drafter, without_storage
+from drafttrain.models.fingerprint import Fingerprint, architecture_hash, tokenizer_hash
+from drafttrain.models.loading import DTYPES, Loaded, check_folder, default_device, load_tokenizer, max_context
+from drafttrain.run_folder import RunFolder, require_space
+from drafttrain.training.drafter_data import ResponseDataset, marked, read_responses, require_trainable
+from drafttrain.training.drafter_program import WORK_FOLDER, check_settings, drafter_arguments, global_batch, longest
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+EFFICIENCY = 0.4
+"""Share of a device's matrix speed that training is taken to reach in the estimate of time."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The pair without its weights.
+
+    Attributes:
+        target: its model has no storage.
+        drafter: likewise.
+        target_bytes: per weight of the target, as it is loaded.
+    """
+
+    target: Loaded
+    drafter: nn.Module
+    target_bytes: float
+
+    @property
+    def context(self) -> int:
+        """Positions that both models have."""
+        return min(max_context(self.target.model), max_context(inner(self.drafter)))
+
+
+def plan(parsed: Parsed) -> None:
+    """Print the recipe, an example with the trained tokens marked, and estimates.
+
+    Raises:
+        UserError: whatever would stop the run: no or another target's responses, another tokenizer, no trainable
+            token, impossible settings, too little disk.
+    """
+    recipe, run = parsed.recipe, RunFolder(parsed.run)
+    sections = {name: parsed.resolved[name] for name in ("target", "drafter", "training", "seed")}
+    say(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).rstrip())
+    check_settings(recipe)
+    shapes = read_shapes(parsed)
+    folder = run.require(run.responses, "data_prep/responses.py")
+    prints = shapes.target.fingerprint.to_dict()
+    parts = {name: prints[name] for name in ("tokenizer", "architecture")}
+    _, train, tune = read_responses(folder, parts)
+    max_length = longest(recipe.training, shapes.context)
+    data = require_trainable(ResponseDataset(train, max_length), folder)
+    held_out = ResponseDataset(tune, max_length)
+    stage = _zero_stage(recipe.training.arguments)
+    given = {name: value for name, value in recipe.training.arguments.items() if name != "deepspeed"}
+    arguments = drafter_arguments(
+        replace(recipe, training=replace(recipe.training, arguments=given)), run.path / WORK_FOLDER
+    )
+    say("\n--- one example; [[ ]] marks the tokens that are trained ---")
+    say(marked(data[0], shapes.target.tokenizer))
+    say("\n--- what would run (estimates, not measured on these weights) ---")
+    for line in (
+        *_data(data, held_out),
+        *_work(parsed, shapes, arguments, data),
+        *_memory(parsed, shapes, arguments, data, stage),
+        _disk(run.path, shapes, arguments),
+        _time(shapes, arguments, data),
+    ):
+        say(line)
+
+
+def read_shapes(parsed: Parsed) -> Shapes:
+    """Tokenizer and shapes of both models.
+
+    Raises:
+        UserError: no such model, another tokenizer, or a drafter that cannot be made.
+    """
+    from transformers import AutoConfig
+
+    settings = parsed.recipe.target
+    check_folder(settings.path, weights=True)
+    tokenizer = load_tokenizer(settings.path, settings.revision, settings.trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        settings.path, revision=settings.revision or "main", trust_remote_code=settings.trust_remote_code
+    )
+    model = without_storage(config)
+    prints = Fingerprint(tokenizer_hash(tokenizer), architecture_hash(config), "")
+    target = Loaded(model, tokenizer, prints, settings.path)
+    return Shapes(target, sketch_drafter(parsed.recipe.drafter, target), _bytes_per_weight(settings, config.dtype))
+
+
+def _bytes_per_weight(settings: TargetConfig, stored: torch.dtype | None) -> float:
+    quantization = settings.quantization or {}
+    if quantization.get("load_in_4bit") or quantization.get("bits") == 4:
+        return 0.56  # with the scales
+    if quantization:
+        return 1.06
+    return float((DTYPES.get(settings.dtype) or stored or torch.float32).itemsize)
+
+
+def _zero_stage(arguments: dict) -> int:
+    path = arguments.get("deepspeed")
+    if path is None:
+        return 0
+    if isinstance(path, str):
+        file = Path(resolve_path(path))
+        if not file.is_file():
+            raise UserError(f"training.arguments.deepspeed is {path}, which does not exist.")
+        try:
+            path = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{file} is not valid JSON; give a DeepSpeed configuration.") from None
+    return int(path.get("zero_optimization", {}).get("stage", 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def _data(data: ResponseDataset, held_out: ResponseDataset) -> list[str]:
+    lines = [f"train: {len(data)} responses, {data.tokens:,} trained of {sum(data.lengths):,} tokens a pass"]
+    if data.dropped:
+        lines.append(f"left out: {data.dropped} responses without a token to train within {data.max_length} tokens")
+    return [*lines, f"held out for tau and the choice of the best weights: {len(held_out)} responses"]
+
+
+def _work(parsed: Parsed, shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> list[str]:
+    training = parsed.recipe.training
+    losses = " + ".join(f"{weight:g} {name}" for name, weight in training.losses.items())
+    total, trained = _count(shapes.drafter), _count(shapes.drafter, trainable=True)
+    share = "" if total == trained else f", {trained:,} of them trained"
+    policy = f", {training.on_policy_fraction:.0%} of the steps on-policy" if training.on_policy_fraction else ""
+    return [
+        f"target: {_count(shapes.target.model):,} parameters; drafter: {total:,} parameters{share}",
+        f"loss: {losses} at temperature {training.temperature:g}{policy}",
+        f"training: {_steps(arguments, data)} steps of {global_batch(arguments)} responses, learning rate "
+        f"{arguments.learning_rate:g}, tau measured {training.tau_evaluations} times",
+    ]
+
+
+def _steps(arguments: TrainingArguments, data: ResponseDataset) -> int:
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(math.ceil(len(data) / global_batch(arguments)) * arguments.num_train_epochs)
+
+
+def _memory(
+    parsed: Parsed, shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset, stage: int
+) -> list[str]:
+    """Bytes on one device by what they are for; ZeRO and FSDP divide some of them."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    weights_split, state_split = (world if stage == 3 or fsdp else 1), (world if stage >= 2 or fsdp else 1)
+    drafter, config = shapes.drafter, inner(shapes.drafter).config.get_text_config()
+    size = DTYPES[parsed.recipe.drafter.dtype].itemsize
+    trained = _count(drafter, trainable=True)
+    moments = 2 if "8bit" in arguments.optim else 8
+    tokens = arguments.per_device_train_batch_size * max(data.lengths)
+    head = inner(drafter).get_output_embeddings().weight
+    parts = {
+        "target": _count(shapes.target.model) * shapes.target_bytes / weights_split,
+        "drafter, gradients and optimizer": _count(drafter) * size / weights_split
+        + trained * (size + moments) / state_split,
+        "copy of the drafter that decodes": _count(drafter) * shapes.target_bytes,
+        "activations": tokens * _activation(config, arguments),
+        "output heads": head.numel() * 4 + 8 * 4 * parsed.recipe.training.chunk_tokens * len(head),
+    }
+    lines = [f"  {_gigabytes(value):>10}  {name}" for name, value in parts.items()]
+    split = f" of {world}" if world > 1 else ""
+    return [f"memory of one process{split}: {_gigabytes(sum(parts.values()))}", *lines]
+
+
+def _activation(config: object, arguments: TrainingArguments) -> float:
+    """Bytes a token that backward needs: all of a layer's intermediate values, or its input when checkpointed."""
+    size = 2 if arguments.bf16 or arguments.fp16 else 4
+    inside = 12 * config.hidden_size + 4 * config.intermediate_size
+    if arguments.gradient_checkpointing:
+        return size * (config.num_hidden_layers * config.hidden_size + inside)
+    return size * config.num_hidden_layers * inside
+
+
+def _disk(run: Path, shapes: Shapes, arguments: TrainingArguments) -> str:
+    checkpoints = (arguments.save_total_limit or 2) + 1
+    needed = checkpoints * 12 * _count(shapes.drafter, trainable=True) + 4 * _count(shapes.drafter)
+    require_space(run, needed, "the drafter and its checkpoints")
+    return f"disk: {_gigabytes(needed)} at most, most of it for checkpoints that are deleted at the end"
+
+
+def _time(shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> str:
+    """Operations of all steps at a share of the matrix speed measured now."""
+    share = _steps(arguments, data) * global_batch(arguments) / len(data)
+    target, drafter = (
+        inner(model).get_output_embeddings().weight.numel() for model in (shapes.target.model, shapes.drafter)
+    )
+    body = 2 * (_count(shapes.target.model) - target) + 6 * (_count(shapes.drafter) - drafter)
+    operations = share * (sum(data.lengths) * body + data.tokens * (2 * target + 6 * drafter))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    speed = matrix_speed(torch.bfloat16 if arguments.bf16 else torch.float32)
+    minutes = operations / (world * EFFICIENCY * speed) / 60
+    return (
+        f"time: about {minutes:.0f} min at {EFFICIENCY:.0%} of the {speed / 1e12:.2f} TFLOP/s that {default_device()} "
+        f"reaches now, {operations:.1e} operations, measuring tau apart"
+    )
+
+
+def matrix_speed(dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product on this process's device."""
+    device = default_device()
+    size = 4096 if device.type == "cuda" else 768
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        (left @ right).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _count(model: nn.Module, trainable: bool = False) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trainable)
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

@@ -1,0 +1,312 @@
+"""What `train_drafter.py` does: responses in, a distilled drafter and its real tokens per round out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drafttrain.config import Parsed, Recipe, TrainingConfig
+from drafttrain.dialogue import end_tokens
+from drafttrain.distributed import barrier, is_main, say, world_size
+from drafttrain.errors import UserError
+from drafttrain.models.checkpoint import CheckpointInfo, license_of, read_info, save_checkpoint
+from drafttrain.models.drafters import build_drafter, inner
+from drafttrain.models.loading import Loaded, load_target, max_context
+from drafttrain.ops.sampling import Sampling
+from drafttrain.run_folder import RunFolder
+from drafttrain.training.arguments import check_arguments, training_arguments
+from drafttrain.training.drafter_data import Collator, Epochs, ResponseDataset, read_responses, require_trainable
+from drafttrain.training.losses import mixed
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+    from drafttrain.training.drafter_trainer import DrafterTrainer
+    from drafttrain.training.held_out import HeldOut
+    from drafttrain.training.on_policy import OnPolicy
+
+WORK_FOLDER = "drafter-training"
+"""Folder of the run with the Trainer's checkpoints; only the finished drafter goes to drafter/."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a drafter is made of, checked.
+
+    Attributes:
+        target: loaded and frozen.
+        drafter: to be trained, on the CPU.
+        train, tune: responses to train on and held-out ones.
+        vocabulary: leading token ids that stand for text; both models have rows for them.
+        ends: tokens that end an answer.
+        key: changes with anything that changes the drafter.
+    """
+
+    target: Loaded
+    drafter: nn.Module
+    train: ResponseDataset
+    tune: ResponseDataset
+    vocabulary: int
+    ends: frozenset[int]
+    key: str
+
+    @property
+    def context(self) -> int:
+        """Positions that both models have."""
+        return min(max_context(self.target.model), max_context(inner(self.drafter)))
+
+
+def train_drafter(parsed: Parsed) -> None:
+    """Distil the drafter of a run and save it; every process calls it.
+
+    A drafter that was finished with the same settings is kept; a run that was interrupted goes on where it was.
+
+    Raises:
+        UserError: as `read_inputs`, and a loss that is no number.
+    """
+    check_settings(parsed.recipe)
+    run = RunFolder(parsed.run).create()
+    inputs = read_inputs(parsed)
+    if is_finished(run, inputs.key):
+        say(f"{run.drafter} is already trained with these settings.")
+        return
+    from drafttrain.training.drafter_trainer import last_checkpoint
+
+    run.record(parsed, "drafttrain/train_drafter.py")
+    folder = run.path / WORK_FOLDER
+    # TrainingArguments comes after the models: DeepSpeed's would partition them while they are loaded.
+    arguments = drafter_arguments(parsed.recipe, folder)
+    _clear_unless_same(folder, f"{inputs.key} {global_batch(arguments)} {world_size()}")
+    checkpoint = last_checkpoint(folder)
+    trainer = make_trainer(parsed.recipe, inputs, arguments, run.path, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    drafter = trainer.trained()
+    if is_main():
+        save_drafter(run, drafter, trainer, parsed, inputs)
+        shutil.rmtree(folder)
+    barrier()
+    say(_summary(run, trainer))
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse impossible settings before anything is loaded.
+
+    Raises:
+        UserError: names the setting.
+    """
+    training = recipe.training
+    mixed(training.losses)
+    check_arguments(training.arguments)
+    Sampling(**dataclasses.asdict(recipe.responses.sampling))
+    if training.temperature <= 0:
+        raise UserError(
+            f"training.temperature is {training.temperature}, but it must be above 0: the loss divides logits by it."
+        )
+    if not 0 <= training.on_policy_fraction <= 1:
+        raise UserError(f"training.on_policy_fraction is {training.on_policy_fraction}, but it must be in [0, 1].")
+    least = {"on_policy_tokens": 1, "chunk_tokens": 1, "tau_evaluations": 0, "tau_prompts": 1, "tau_length": 1}
+    for name, smallest in least.items():
+        if getattr(training, name) < smallest:
+            raise UserError(f"training.{name} is {getattr(training, name)}, but it must be at least {smallest}.")
+
+
+def read_inputs(parsed: Parsed) -> Inputs:
+    """Load the models and responses of a run and check that they belong together.
+
+    Raises:
+        UserError: missing or damaged responses, another target's answers, another tokenizer, no trainable token,
+            an architecture whose head cannot be distilled.
+    """
+    from drafttrain.training.distill_head import check_head
+
+    run, recipe = RunFolder(parsed.run), parsed.recipe
+    folder = run.require(run.responses, "data_prep/responses.py")
+    target = load_target(recipe.target)
+    manifest, train, tune = read_responses(folder, target.fingerprint, parsed.accept_new_target)
+    drafter = build_drafter(recipe.drafter, target, recipe.seed, recipe.target.trust_remote_code)
+    for model in (target.model, inner(drafter)):
+        check_head(model)
+    context = min(max_context(target.model), max_context(inner(drafter)))
+    max_length = longest(recipe.training, context)
+    return Inputs(
+        target=target,
+        drafter=drafter,
+        train=require_trainable(ResponseDataset(train, max_length), folder),
+        tune=ResponseDataset(tune, max_length),
+        vocabulary=1 + max(target.tokenizer.get_vocab().values()),
+        ends=end_tokens(target.tokenizer, target.model.generation_config),
+        key=settings_key(recipe, manifest, target),
+    )
+
+
+def longest(training: TrainingConfig, context: int) -> int:
+    """Tokens that sequences are cut to.
+
+    Raises:
+        UserError: `training.max_length` is beyond the models' context or leaves no room for the drafter to write.
+    """
+    asked = context if training.max_length is None else training.max_length
+    if not 2 <= asked <= context:
+        raise UserError(f"training.max_length is {asked}, but it must be between 2 and the models' context, {context}.")
+    if training.on_policy_fraction > 0 and asked <= training.on_policy_tokens:
+        raise UserError(
+            f"training.on_policy_tokens is {training.on_policy_tokens}, which does not fit into sequences of {asked}."
+        )
+    return asked
+
+
+def settings_key(recipe: Recipe, manifest: dict[str, Any], target: Loaded) -> str:
+    """Hash of all that decides what the drafter will be."""
+    settings = {
+        "drafter": dataclasses.asdict(recipe.drafter),
+        "training": dataclasses.asdict(recipe.training),
+        "seed": recipe.seed,
+        "sampling": dataclasses.asdict(recipe.responses.sampling) if recipe.training.on_policy_fraction else None,
+        "target": target.fingerprint.to_dict(),
+        "responses": manifest,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def drafter_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    """TrainingArguments of the drafter."""
+    from drafttrain.config import resolve_path
+    from drafttrain.training.drafter_trainer import DEFAULTS, FIXED
+
+    given = dict(recipe.training.arguments)
+    if isinstance(given.get("deepspeed"), str):
+        given["deepspeed"] = resolve_path(given["deepspeed"])
+        if not Path(given["deepspeed"]).is_file():
+            raise UserError(f"training.arguments.deepspeed is {given['deepspeed']}, which does not exist.")
+    keep_best = given.pop("load_best_model_at_end", True)
+    arguments = training_arguments(given, folder, "training", DEFAULTS, **FIXED, seed=recipe.seed)
+    if recipe.training.tau_evaluations and keep_best:
+        # Set afterwards: the Trainer insists on a common rhythm of saving and evaluating, ours is a share of the data.
+        arguments.load_best_model_at_end = True
+        arguments.metric_for_best_model, arguments.greater_is_better = "tau", True
+    return arguments
+
+
+def make_trainer(
+    recipe: Recipe, inputs: Inputs, arguments: TrainingArguments, run: Path, checkpoint: Path | None = None
+) -> DrafterTrainer:
+    """The Trainer, ready to run."""
+    from drafttrain.training.drafter_trainer import Distillation, DrafterTrainer
+
+    training, pad = recipe.training, inputs.target.tokenizer.pad_token_id
+    held_out = _held_out(training, inputs)
+    if held_out is None:
+        arguments.load_best_model_at_end, arguments.metric_for_best_model = False, None
+    arguments.eval_on_start = held_out is not None and checkpoint is None
+    distillation = Distillation(
+        loss=mixed(training.losses),
+        temperature=training.temperature,
+        chunk_tokens=training.chunk_tokens,
+        vocabulary=inputs.vocabulary,
+        evaluations=training.tau_evaluations,
+        on_policy=_on_policy(recipe, inputs, pad),
+    )
+    return DrafterTrainer(
+        inputs.drafter,
+        inputs.target.model,
+        arguments,
+        distillation,
+        Epochs(inputs.train, recipe.seed, global_batch(arguments)),
+        Collator(pad),
+        run,
+        held_out,
+        resumed=int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,
+    )
+
+
+def _held_out(training: TrainingConfig, inputs: Inputs) -> HeldOut | None:
+    from drafttrain.training.held_out import HeldOut
+
+    if not training.tau_evaluations:
+        return None
+    if len(inputs.tune):
+        held_out = HeldOut.of(
+            inputs.tune, training.tau_prompts, training.tau_length, inputs.vocabulary, inputs.ends, inputs.context
+        )
+        if held_out.prompts:
+            return held_out
+    say("no responses of the split tune: tau is not measured, and the last weights are taken instead of the best.")
+    return None
+
+
+def _on_policy(recipe: Recipe, inputs: Inputs, pad: int) -> OnPolicy | None:
+    from drafttrain.training.on_policy import OnPolicy
+
+    training = recipe.training
+    if training.on_policy_fraction <= 0:
+        return None
+    return OnPolicy(
+        fraction=training.on_policy_fraction,
+        tokens=training.on_policy_tokens,
+        sampling=Sampling(**dataclasses.asdict(recipe.responses.sampling)),
+        vocabulary=inputs.vocabulary,
+        eos_ids=inputs.ends,
+        max_length=inputs.train.max_length,
+        pad_id=pad,
+        seed=recipe.seed,
+    )
+
+
+def global_batch(arguments: TrainingArguments) -> int:
+    """Responses of one optimizer step over all processes."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def is_finished(run: RunFolder, key: str) -> bool:
+    """Whether the run's drafter was made with these settings from these responses."""
+    if not (run.drafter / "drafttrain.json").is_file():
+        return False
+    return read_info(run.drafter).extra.get("key") == key
+
+
+def save_drafter(run: RunFolder, drafter: Any, trainer: DrafterTrainer, parsed: Parsed, inputs: Inputs) -> None:
+    """Write the drafter, drafttrain.json and model card, whole or not at all."""
+    kept = trainer.state.best_global_step or trainer.state.global_step
+    measured = {point["step"]: point for point in trainer.history.points}.get(kept, {})
+    metrics = {name: value for name, value in measured.items() if name != "seconds"}
+    info = CheckpointInfo(
+        kind="drafter",
+        target=inputs.target.fingerprint,
+        recipe=parsed.resolved,
+        metrics=metrics,
+        license=license_of(parsed.recipe.target.path),
+        description=(
+            f"Distilled on {len(inputs.train)} responses ({inputs.train.tokens} tokens) of the target. tau: tokens per "
+            f"round, bonus included, of greedy decoding on held-out prompts with {parsed.recipe.training.tau_length} "
+            "drafted tokens a round."
+        ),
+        extra={"key": inputs.key, "tau_history": trainer.history.points},
+    )
+    save_checkpoint(run.drafter, drafter, inputs.target.tokenizer, info)
+
+
+def _clear_unless_same(folder: Path, key: str) -> None:
+    """Remove what an interrupted run with other settings left behind; its checkpoints are no start for this one."""
+    note = folder / "key.txt"
+    if is_main():
+        if folder.exists() and (not note.is_file() or note.read_text(encoding="utf-8") != key):
+            say(f"starting over: what lies in {folder} was made with other settings.")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(key, encoding="utf-8")
+    barrier()
+
+
+def _summary(run: RunFolder, trainer: DrafterTrainer) -> str:
+    from drafttrain.training.held_out import tables
+
+    lines = [f"drafter in {run.drafter}"]
+    if trainer.history.points:
+        lines += ["held out, greedy, tokens per round (tau) as training went on:", tables(trainer.history.points)]
+    return "\n".join(lines)
