@@ -241,8 +241,9 @@ def _message(entry: Any, where: str) -> Message:
         raise UserError(f"{where}: unknown role {role!r} in messages; known: {_listed(_ROLES_OF_MESSAGES)}.")
     kept = {key: value for key, value in entry.items() if key not in ("role", "from", "value") and value is not None}
     kept |= {"role": role, "content": _content(entry.get("content", entry.get("value")), where)}
-    if kept.get("tool_calls"):
-        kept["tool_calls"] = [_tool_call(call) for call in _decoded(kept["tool_calls"], where)]
+    calls = _decoded(kept.pop("tool_calls", None), where)
+    if calls:  # templates ask whether the key is there, so an empty list must not stay
+        kept["tool_calls"] = [_tool_call(call) for call in calls]
     return kept
 
 

@@ -13,6 +13,7 @@ enter as decoded text and are tokenized again, in the target's own chat template
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 Message = dict[str, Any]
+
+TODAY = datetime.date(2024, 7, 26)
+"""The date that chat templates write."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ def render(
 ) -> str:
     """Messages as the text that the target reads.
 
-    A tokenizer without a chat template belongs to a base model: it reads the contents, a blank line between them.
+    A tokenizer without a chat template belongs to a base model: it reads the contents, a blank line between them. A
+    template that writes today's date is told a fixed one, so that a run resumed tomorrow renders the same.
 
     Args:
         ask: end with the opening of the assistant's turn.
@@ -158,7 +163,11 @@ def render(
     plain = [{**message, "content": message["content"] or ""} for message in messages]
     try:
         return tokenizer.apply_chat_template(
-            plain, tools=list(tools) if tools else None, add_generation_prompt=ask, tokenize=False
+            plain,
+            tools=list(tools) if tools else None,
+            add_generation_prompt=ask,
+            tokenize=False,
+            strftime_now=TODAY.strftime,
         )
     except (jinja2.exceptions.TemplateError, TypeError, ValueError) as error:
         raise UserError(f"{where}: the target's chat template refuses the messages ({error}).") from None

@@ -24,7 +24,7 @@ LOG = {
         {"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "time?"}]},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "12:00", "tool_call_id": "1"},
-        {"role": "assistant", "content": "Noon."},
+        {"role": "assistant", "content": "Noon.", "tool_calls": []},
         {"role": "user", "content": "Thanks"},
     ],
 }
@@ -83,7 +83,7 @@ def test_a_chat_log_keeps_system_tools_calls_and_answers():
     ]  # fmt: skip
     assert log.tools[0]["function"]["name"] == "now"
     assert log.messages[2]["tool_calls"][0]["function"]["arguments"] == {"zone": "UTC"}
-    assert log.messages[4]["content"] == "Noon."
+    assert log.messages[4] == {"role": "assistant", "content": "Noon."}, "templates ask whether tool_calls is there"
     assert log.messages[6]["content"] is None, "the last user message waits for an answer"
 
 
