@@ -125,9 +125,7 @@ def _model(
         raise UserError(
             f"Model({drafter.name}) needs a length or a stopping rule, as in Model({drafter.name}, length=5)"
         )
-    for name, value in (("length", length), ("check_every", check_every)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UserError(f"Model's {name} is {value!r}, but it must be a whole number of at least 1")
+    _check_lengths("Model", length=1 if length is None else length, check_every=check_every)
     if stop is not None and not hasattr(stop, "limits"):
         raise UserError("Model's stop must be a stopping rule, as in stop=Confidence(0.4)")
     return ModelDrafter(drafter.value, length, stop, drafter.name, check_every)
@@ -135,15 +133,21 @@ def _model(
 
 def _acceptance_head(head: _Named, threshold: float, min: int = 1, max: int = 12) -> StoppingRule:
     _require(head, lambda value: hasattr(value, "score"), "an acceptance head")
+    _check_lengths("AcceptanceHead", min=min, max=max)
+    _check_numbers("AcceptanceHead", threshold=threshold)
     value: Head = head.value
     return AcceptanceHeadRule(value, threshold, min, max)
 
 
 def _confidence(threshold: float, per_token: bool = False, min: int = 1, max: int = 12) -> StoppingRule:
+    _check_lengths("Confidence", min=min, max=max)
+    _check_numbers("Confidence", threshold=threshold)
     return Confidence(threshold, per_token, min, max)
 
 
 def _entropy(bound: float, min: int = 1, max: int = 12) -> StoppingRule:
+    _check_lengths("Entropy", min=min, max=max)
+    _check_numbers("Entropy", bound=bound)
     return EntropyBound(bound, min, max)
 
 
@@ -158,7 +162,20 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
 
 def _require(member: object, fits: Callable[[Any], bool], kind: str) -> None:
     if not isinstance(member, _Named) or not fits(member.value):
-        raise UserError(f"{member.name if isinstance(member, _Named) else member!r} in the method is not {kind}")
+        name = member.name if isinstance(member, _Named) else repr(member)
+        raise UserError(f"{name} in the method is not {kind}")
+
+
+def _check_lengths(constructor: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{constructor}'s {name} is {value!r}, but it must be a whole number of at least 1")
+
+
+def _check_numbers(constructor: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UserError(f"{constructor}'s {name} is {value!r}, but it must be a number")
 
 
 # ---- parsing and building ----
@@ -187,6 +204,9 @@ def _parse_call(name: str, node: ast.Call, text: str) -> Expression:
         raise UserError(f"method {text!r} may not use ** in {name}(...)")
     positional = [_parse(argument, text) for argument in node.args]
     named = {keyword.arg: _parse(keyword.value, text) for keyword in node.keywords}
+    twice = len(named) < len(node.keywords)
+    if twice:
+        raise UserError(f"{name} in method {text!r} is given a parameter twice")
     unknown = [argument for argument in named if argument not in signature.parameters]
     if unknown:
         hint = _nearest(unknown[0], list(signature.parameters))

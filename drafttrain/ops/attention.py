@@ -34,8 +34,8 @@ _CAUSAL_SHAPE = (1, 1, 2, 0)
 def attending(config: PreTrainedConfig) -> Iterator[None]:
     """Have a model use this attention inside the block, and its own again afterwards: others hold the same model.
 
-    The configuration's setter costs 0.1 ms (it validates every field), more than the loop around a forward, so the field
-    behind it is set.
+    The configuration's setter costs 0.1 ms (it validates every field), more than the loop around a forward, so the
+    field behind it is set.
     """
     usual = config._attn_implementation
     object.__setattr__(config, "_attn_implementation_internal", NAME)

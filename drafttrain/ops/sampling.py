@@ -155,7 +155,7 @@ def _least_in_nucleus(probs_BKV: Tensor, top_p: float) -> Tensor:
     if top_p == 1.0:
         return torch.zeros_like(probs_BKV[..., :1])
     if probs_BKV.device.type == "cpu":
-        rising_BKV = torch.from_numpy(np.sort(probs_BKV.numpy(), axis=-1))
+        rising_BKV = torch.from_numpy(np.sort(probs_BKV.detach().numpy(), axis=-1))
     else:
         rising_BKV = probs_BKV.sort(dim=-1).values
     mass_BKV = rising_BKV.cumsum(-1, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def pair(vocabulary: int = 24, layers: int = 2, noise: float = 0.25) -> tuple[to
 
 
 @torch.no_grad()
-def greedy_reference(model: torch.nn.Module, prompt: Sequence[int], count: int, eos: set[int] = frozenset()) -> list[int]:
+def greedy_reference(model: torch.nn.Module, prompt: Sequence[int], count: int, eos: Collection[int] = ()) -> list[int]:
     """Greedy decoding without any cache: the whole text is read again for every token."""
     text = list(prompt)
     while len(text) < len(prompt) + count and not (len(text) > len(prompt) and text[-1] in eos):

@@ -96,7 +96,9 @@ def test_a_row_costs_and_gives_the_same_alone_and_in_a_batch(engines, name):
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_a_target_that_drafts_for_itself_emits_length_plus_one_a_round(engines, length):
     rounds = 4
-    [completion] = Decoder(engines[0], ModelDrafter(engines[0], length), GREEDY).generate([[1, 5]], rounds * (length + 1))
+    [completion] = Decoder(engines[0], ModelDrafter(engines[0], length), GREEDY).generate(
+        [[1, 5]], rounds * (length + 1)
+    )
     counts = completion.counts
     assert counts.tau == length + 1
     assert counts.rounds == rounds
@@ -184,7 +186,9 @@ def test_limits_end_rows_inside_a_block(engines, reference):
 # ---- sampling ----
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.7, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3)]
+)
 @pytest.mark.parametrize("drafts", [False, True])
 def test_sampled_text_does_not_depend_on_the_batch(engines, sampling, drafts):
     def decoder():

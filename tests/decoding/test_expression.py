@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drafttrain.decoding.drafters import ModelDrafter
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.expression import build, parse_method
+from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, FixedLength
+from drafttrain.errors import UserError
+from tests.conftest import build_llama
+
+
+class Head:
+    state, features = "producing", ()
+
+    def score(self, hidden_BH, log_q_B, entropy_B, step_B):
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def members():
+    return {"drafter": Engine(build_llama(8, layers=1, hidden=16)), "head": Head()}
+
+
+def test_autoregressive_decoding_needs_no_drafter(members):
+    assert build("Autoregressive()", members) is None
+
+
+def test_a_model_with_a_length(members):
+    drafter = build("Model(drafter, length=5)", members)
+    assert isinstance(drafter, ModelDrafter)
+    assert isinstance(drafter.stop, FixedLength)
+    assert (drafter.max_length, drafter.name, drafter.engine) == (5, "drafter", members["drafter"])
+
+
+def test_every_stopping_rule_can_be_named(members):
+    head = build("Model(drafter, stop=AcceptanceHead(head, 0.7, min=2, max=20))", members).stop
+    assert isinstance(head, AcceptanceHeadRule)
+    assert (head.threshold, head.min_length, head.max_length) == (0.7, 2, 20)
+    confidence = build("Model(drafter, stop=Confidence(0.4, per_token=True), length=4)", members)
+    assert isinstance(confidence.stop, Confidence)
+    assert confidence.stop.per_token
+    assert confidence.max_length == 4
+    entropy = build("Model(drafter, stop=Entropy(1.5), check_every=2)", members)
+    assert isinstance(entropy.stop, EntropyBound)
+    assert (entropy.stop.bound, entropy.check_every) == (1.5, 2)
+
+
+def test_every_build_is_a_drafter_of_its_own(members):
+    method = parse_method("Model(drafter, stop=Confidence(0.4))")
+    one, two = build(method, members), build(method, members)
+    assert one is not two
+    assert one.stop is not two.stop
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        (" Model( drafter,length = 5 ) ", "Model(drafter, length=5)"),
+        ("Model(length=5, drafter=small)", "Model(small, length=5)"),
+        ("Model(drafter, 5)", "Model(drafter, length=5)"),
+        ("Model(drafter, stop=Confidence(threshold=.4))", "Model(drafter, stop=Confidence(0.4))"),
+        (
+            "Model(d, stop=AcceptanceHead(h, 0.7, max=20, min=2))",
+            "Model(d, stop=AcceptanceHead(h, 0.7, min=2, max=20))",
+        ),
+        ("Model(d, stop=Entropy(-1.0))", "Model(d, stop=Entropy(-1.0))"),
+    ],
+)
+def test_expressions_have_one_canonical_form(text, canonical):
+    assert str(parse_method(text)) == canonical
+    assert str(parse_method(canonical)) == canonical
+    assert parse_method(canonical) == parse_method(text)
+
+
+RULES = st.one_of(
+    st.builds("Confidence({}, per_token={})".format, st.floats(0, 1), st.booleans()),
+    st.builds("Entropy({}, min={}, max={})".format, st.floats(0, 9), st.integers(1, 3), st.integers(3, 9)),
+    st.builds("AcceptanceHead(head, {})".format, st.floats(0, 1)),
+)
+
+
+@given(st.builds("Model(drafter, stop={}, length={})".format, RULES, st.integers(1, 30)))
+def test_what_is_printed_can_be_parsed_again(text):
+    parsed = parse_method(text)
+    assert parse_method(str(parsed)) == parsed
+
+
+def test_a_method_says_which_members_it_needs():
+    assert parse_method("Autoregressive()").members == set()
+    assert parse_method("Model(small, stop=AcceptanceHead(head, 0.7))").members == {"small", "head"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Modell(drafter, length=5)", "unknown constructor Modell; did you mean Model"),
+        ("Model(drafter, lenght=5)", "no parameter lenght; did you mean length"),
+        ("Model(drafter", "is not an expression"),
+        ("", "is not an expression"),
+        ("5", "is not a constructor"),
+        ("drafter", "is not a constructor"),
+        ("Model()", "missing a required argument: 'drafter'"),
+        ("Model(drafter, 1, 2, 3, 4)", "too many positional"),
+        ("Model(drafter, length=2 + 3)", "neither a constructor, a member name nor a number"),
+        ("Model(drafter.x, length=2)", "neither a constructor"),
+        ("Model(**drafter)", "may not use \\*\\*"),
+        ("__import__('os').system('ls')", "neither a constructor"),
+        ("(lambda: 0)()", "neither a constructor"),
+        ("Model(drafter, length=5, length=6)", "given a parameter twice"),
+    ],
+)
+def test_malformed_methods_are_refused_in_a_sentence(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_method(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Model(draftr, length=5)", "names draftr, which is not there; did you mean drafter"),
+        ("Model(head, length=5)", "head in the method is not a model"),
+        ("Model(5, length=5)", "5 in the method is not a model"),
+        ("Model(drafter)", "needs a length or a stopping rule"),
+        ("Model(drafter, length=0)", "length is 0, but it must be a whole number"),
+        ("Model(drafter, length=2.5)", "length is 2.5"),
+        ("Model(drafter, length=True)", "length is True"),
+        ("Model(drafter, stop=4)", "must be a stopping rule"),
+        ("Model(drafter, stop=AcceptanceHead(drafter, 0.7))", "drafter in the method is not an acceptance head"),
+        ("Model(drafter, stop=Confidence(1.5))", "not a probability"),
+        ("Model(drafter, stop=Confidence('a'))", "Confidence's threshold is 'a'"),
+        ("Model(drafter, stop=Confidence(0.5, max=2.5))", "Confidence's max is 2.5"),
+        ("Confidence(0.4)", "is no drafter"),
+    ],
+)
+def test_methods_that_cannot_be_built_are_refused_in_a_sentence(members, text, message):
+    with pytest.raises(UserError, match=message):
+        build(text, members)
