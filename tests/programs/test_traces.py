@@ -62,7 +62,7 @@ def run(answered, tmp_path):
 
 
 def settings(models, run):
-    flags = ["--target.path", models / "target", "--drafter.path", models / "drafter", "--run", run]
+    flags = ["--target.path", models / "target", "--drafter.path", models / "drafter", "--run-dir", run]
     flags += ["--traces.shard_rows", 3, "--traces.batch_size", 2, "--traces.run_length", 3, "--traces.top_k", 4]
     return [str(flag) for flag in flags]
 
