@@ -69,10 +69,10 @@ def greedy_check(
     worst = [d for d in check.divergences if not d.passed]
     if worst:
         check.passed = False
-        check.reason = (
-            f"{worst[0].prompt_id} departs at token {worst[0].position} by {worst[0].gap:.3g}, where the noise is "
-            f"{worst[0].noise:.3g}"
-        )
+        first, why = worst[0], "ends where the other goes on"
+        if first.gap is not None:
+            why = f"departs by {first.gap:.3g}, where the noise is {first.noise:.3g}"
+        check.reason = f"{first.prompt_id}, token {first.position}: {why}"
     return check
 
 
@@ -94,7 +94,7 @@ def _divergence(
     tolerance: float,
 ) -> Divergence:
     if at >= min(len(mine), len(base)):  # one answer ends where the other goes on: no rounding does that
-        return Divergence(question.prompt_id, at, float("inf"), 0.0, False)
+        return Divergence(question.prompt_id, at, None, 0.0, False)
     text = [*question.ids, *base[:at]]
     one = _scores(sampling, logits_at(engine, question.ids, base[:at], 1), text)
     many = [_scores(sampling, logits_at(engine, question.ids, base[:at], width), text) for width in widths]
@@ -148,7 +148,7 @@ def sampled_check(
     total = SurpriseSum()
     for question, sample in zip(questions, samples, strict=True):
         p_TV = _probabilities(engine, sampling, question.ids, sample.token_ids)
-        total.add(p_TV, torch.tensor(sample.token_ids))
+        total.add(p_TV, torch.tensor(sample.token_ids, device=p_TV.device))
     check = Exactness("sampled", True, answers=len(samples), tokens=total.tokens, z=total.z)
     if total.impossible:
         check.passed = False
@@ -162,7 +162,7 @@ def sampled_check(
 
 
 def _probabilities(engine: Engine, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """The target's distribution at every token of an answer, float64 [T, V] on the CPU, tokens at an edge let in."""
+    """The target's distribution at every token of an answer, float64 [T, V], tokens at an edge let in."""
     cache = engine.new_cache(1, len(prompt) + len(answer))
     tokens = [*prompt[:-1]]
     engine.read(cache, [tokens])
@@ -173,7 +173,7 @@ def _probabilities(engine: Engine, sampling: Sampling, prompt: Sequence[int], an
         seen_BV = seen_tokens([list(prompt)], engine.vocabulary, engine.device)
         seen_TV = seen_along(seen_BV, block_BQ[:, 1:])[0]
     p_TV = sampling.probabilities(logits_TV, seen_TV)
-    return _with_edge(p_TV, _untruncated(sampling).probabilities(logits_TV, seen_TV), engine.dtype, answer).cpu()
+    return _with_edge(p_TV, _untruncated(sampling).probabilities(logits_TV, seen_TV), engine.dtype, answer)
 
 
 def _untruncated(sampling: Sampling) -> Sampling:

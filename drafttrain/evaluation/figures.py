@@ -84,8 +84,13 @@ def summarise(samples: Sequence[Sample], baseline: Sequence[Sample], resamples: 
     figures.baseline_seconds = sum(sample.decode_seconds for sample in base)
     _add_rates(figures, base)
     figures.speedup = rate_interval(pairs.counted, resamples, seed)
-    figures.time_to_first_token = _mean([sample.prefill_seconds for sample in own])
+    figures.time_to_first_token = _mean([_first_token(sample) for sample in own])
     return figures
+
+
+def _first_token(sample: Sample) -> float:
+    """Seconds until something is emitted: both prefills and a round."""
+    return sample.prefill_seconds + sample.decode_seconds / sample.counts["rounds"]
 
 
 def _mean(values: Sequence[float]) -> float | None:

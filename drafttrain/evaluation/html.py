@@ -75,7 +75,10 @@ def render_html(report: Report, folder: Path, titles: Mapping[str, str]) -> str:
         if name != "speedup":
             body.append(_plot(report, folder, name, titles))
     body.append("<h2>Where each token came from</h2>" + _examples(report))
-    body.append("<h2>Is the output the target's?</h2>" + _table(cells.EXACT_COLUMNS, cells.exactness_cells(report), 2))
+    body.append(
+        "<h2>Is the output the target's?</h2>"
+        + _table(cells.EXACT_COLUMNS, cells.exactness_cells(report), prose_last=True)
+    )
     for name in dict.fromkeys(row.sampling for row in report.methods):
         body.append(f"<details><summary>Costs, {escape(name)}</summary>")
         body.append(_table(cells.COST_COLUMNS, cells.cost_cells(report, name)) + "</details>")
@@ -115,13 +118,13 @@ def _inline(text: str) -> str:
     return "".join(parts)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 0) -> str:
-    """A table; the last of `text_columns` hold prose."""
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], prose_last: bool = False) -> str:
+    """A table of numbers; `prose_last`: the last column holds sentences."""
     head = "".join(f"<th>{_inline(column)}</th>" for column in columns)
     lines = []
     for row in rows:
         last = len(row) - 1
-        tags = ["<td class='text'>" if text_columns and i == last else "<td>" for i in range(len(row))]
+        tags = ["<td class='text'>" if prose_last and i == last else "<td>" for i in range(len(row))]
         lines.append("".join(f"{tag}{_inline(cell)}</td>" for tag, cell in zip(tags, row, strict=True)))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -1,7 +1,8 @@
 """Costs from instrumented runs: c of a draft step, v(w) of a target forward of width w, o of the rest of a round.
 
 All are in units of one autoregressive step as decoded, its loop included: then the predicted speed-up is a ratio of
-decoding rates, as the measured one is. c includes drawing the token and asking the stopping rule.
+decoding rates, as the measured one is. c includes drawing the token and asking the stopping rule; what a draft costs
+however short it is belongs to the round, to o.
 
 The slowest rounds of each width are left out: on a shared machine a round now and then waits for somebody else, which
 says nothing of the method. What is left out is the same share for every method, the baseline among them.
@@ -35,11 +36,21 @@ def costs_of(method: Timings, baseline: Timings, verify: Sequence[float]) -> Cos
     """
     unit = step_seconds(baseline)
     rounds = [each for each in typical(method.rounds) if each.steps]
-    steps = sum(each.steps for each in rounds)
-    names = list(method.counts.draft_forwards)
-    c = {name: sum(each.draft for each in rounds) / steps / unit for name in names[:1]} if steps else {}
-    o = float(np.mean([each.loop for each in rounds])) / unit if rounds else 0.0
-    return Costs(unit, c, list(verify), o)
+    if not rounds:
+        return Costs(unit, {}, list(verify), 0.0)
+    begin, step = draft_line([each.steps for each in rounds], [each.draft for each in rounds])
+    loop = float(np.mean([each.loop for each in rounds]))
+    c = dict.fromkeys(method.counts.draft_forwards, step / unit)
+    return Costs(unit, c, list(verify), (loop + begin) / unit)
+
+
+def draft_line(steps: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds to begin a draft, and seconds a step, by least squares over rounds of different lengths."""
+    if len(set(steps)) > 1:
+        step, begin = np.polyfit(steps, seconds, 1)
+        if step > 0 and begin > 0:
+            return float(begin), float(step)
+    return 0.0, sum(seconds) / sum(steps)
 
 
 def verify_costs(timings: Iterable[Timings], baseline: Timings, widths: int) -> list[float]:

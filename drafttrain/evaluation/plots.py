@@ -87,10 +87,14 @@ def samplings(report: Report) -> list[str]:
 
 
 def _panels(report: Report, width: float, height: float) -> tuple[Figure, list[tuple[str, Axes]]]:
-    """A figure with one panel for each decoding setting, side by side."""
+    """A figure with one panel for each decoding setting, two in a row."""
     names = samplings(report)
-    figure, axes = pyplot.subplots(1, len(names), figsize=(width * len(names), height), squeeze=False)
-    panels = list(zip(names, axes[0], strict=True))
+    columns = min(2, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for unused in axes.flat[len(names) :]:
+        unused.set_visible(False)
+    panels = list(zip(names, axes.flat, strict=False))
     if len(names) > 1:
         for name, axis in panels:
             axis.set_title(name, fontsize=10)
@@ -164,7 +168,8 @@ def length(report: Report) -> Figure | None:
     figure, panels = _panels(report, 5.6, 4.4)
     for name, axis in panels:
         _length_panel(axis, report, name)
-    panels[0][1].set_ylabel("tokens per second")
+    for _, axis in panels[::2]:
+        axis.set_ylabel("tokens per second")
     handles, labels = _unique_legend([axis for _, axis in panels])
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
@@ -250,7 +255,8 @@ def pareto(report: Report) -> Figure | None:
             _pareto_family(axis, [point for point in points if _family(point) == family], family)
         axis.set_xlabel("discard rate: discarded drafted tokens per emitted token")
         axis.margins(0.06)
-    panels[0][1].set_ylabel("verification rate: target forwards per emitted token")
+    for _, axis in panels[::2]:
+        axis.set_ylabel("verification rate: target forwards per emitted token")
     handles, labels = _unique_legend([axis for _, axis in panels])
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure

@@ -67,6 +67,7 @@ class Figures:
     discard_rate: float | None = None
     verification_rate: float | None = None
     time_to_first_token: float | None = None
+    """both prefills and one round"""
     repetition: float | None = None
     """share of repeated 4-grams, over all answers (those left out too)"""
     score: float | None = None
@@ -84,7 +85,7 @@ class Costs:
     v: list[float]
     """a target forward of width 1, 2, ..., i.e. over 0, 1, ... drafted tokens"""
     o: float
-    """what is left of a round: verification, bookkeeping"""
+    """what is left of a round: beginning a draft, accepting, bookkeeping"""
 
 
 @dataclass
@@ -102,8 +103,8 @@ class Divergence:
 
     prompt_id: str
     position: int
-    gap: float
-    """top-1 minus top-2 logit of the autoregressive step there"""
+    gap: float | None
+    """logit of the autoregressive token minus that of the other; None where one answer ends and the other goes on"""
     noise: float
     """largest logit difference there between one-row and many-row evaluation of the same prefix"""
     passed: bool

@@ -148,7 +148,7 @@ class SurpriseSum:
     impossible: int = 0
 
     def add(self, p_TV: torch.Tensor, ids_T: torch.Tensor) -> None:
-        """Count T tokens against their distributions, both on the CPU, p in float64."""
+        """Count T tokens against their distributions, p in float64."""
         log_p_TV = p_TV.clamp_min(torch.finfo(torch.float64).tiny).log()
         mean_T = (p_TV * log_p_TV).sum(-1)
         square_T = (p_TV * log_p_TV.square()).sum(-1)

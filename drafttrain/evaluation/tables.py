@@ -129,7 +129,10 @@ def _divergences(check: Exactness) -> str:
         return f"z = {check.z:+.2f}"
     if not check.divergences:
         return "-"
-    worst = max(check.divergences, key=lambda d: d.gap / max(d.noise, 1e-30))
+    measured = [each for each in check.divergences if each.gap is not None]
+    if not measured:
+        return str(len(check.divergences))
+    worst = max(measured, key=lambda each: each.gap / max(each.noise, 1e-30))
     return f"{len(check.divergences)}; worst gap {worst.gap:.2g} at noise {worst.noise:.2g}"
 
 
@@ -165,7 +168,8 @@ def method_notes(report: Report) -> list[str]:
     return [
         _models(report),
         _work(report),
-        f"Settings were chosen by {report.workload.tuned_by}.",
+        f"Settings were chosen by {report.workload.tuned_by}. The verdict names the fastest of those that were run, on "
+        "the prompts that they were run on, which flatters it a little where they are close.",
         "Speed-up is the ratio of decoding rates (tokens over seconds, both summed; prefill left out). Its interval is "
         "a bootstrap over conversations, paired with the baseline, with tasks as strata.",
         "tau counts the bonus token. Discard rate: discarded drafted tokens per emitted token. Verification rate: "

@@ -114,6 +114,14 @@ def test_costs_are_in_autoregressive_steps():
     assert costs.v == pytest.approx([0.8, 0.9, 1.0, 1.1, 1.2, 1.3])
 
 
+def test_what_a_draft_costs_however_short_belongs_to_the_round():
+    baseline = Timings(rounds(1, 1.0))
+    method = Timings([each for k in (1, 2, 4, 8) for each in rounds(k + 1, 1.0, draft=0.1 + 0.2 * k, steps=k)])
+    method.counts.draft_forwards = {"drafter": 600}
+    costs = costs_of(method, baseline, [1.0] * 9)
+    assert costs.c == {"drafter": pytest.approx(0.2)} and costs.o == pytest.approx(0.1)
+
+
 def test_a_round_that_waited_for_somebody_else_does_not_count():
     slow = rounds(1, 30.0, count=1)
     assert typical(rounds(1, 1.0, count=40) + slow) == rounds(1, 1.0, count=39)
