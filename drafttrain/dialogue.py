@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ Message = dict[str, Any]
 
 TODAY = datetime.date(2024, 7, 26)
 """The date that chat templates write."""
+
+_ASKS_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -167,10 +170,15 @@ def render(
             tools=list(tools) if tools else None,
             add_generation_prompt=ask,
             tokenize=False,
-            strftime_now=TODAY.strftime,
+            chat_template=_dated(tokenizer.get_chat_template(tools=tools)),
         )
     except (jinja2.exceptions.TemplateError, TypeError, ValueError) as error:
         raise UserError(f"{where}: the target's chat template refuses the messages ({error}).") from None
+
+
+def _dated(template: str) -> str:
+    """A template with the calls that ask for today's date answered: `strftime_now("%d %b %Y")` is "26 Jul 2024"."""
+    return _ASKS_DATE.sub(lambda call: json.dumps(TODAY.strftime(call[2])), template)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

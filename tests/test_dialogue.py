@@ -106,8 +106,8 @@ def test_a_base_model_reads_contents_with_blank_lines_between():
 
 def test_a_template_that_writes_the_date_writes_the_same_every_day():
     tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}"
-    assert render(tokenizer, [user("one")], None, "here") == "26 Jul 2024"
+    tokenizer.chat_template = "{% set day = strftime_now('%d %b %Y') %}{{ day }}, {{ strftime_now(\"%Y\") }}"
+    assert render(tokenizer, [user("one")], None, "here") == "26 Jul 2024, 2024"
 
 
 def test_raw_text_is_led_by_bos_once(tiny_tokenizer):
