@@ -20,7 +20,7 @@ from data_prep.presets import Conversation, conversations
 from data_prep.reading import read_hub, read_rows
 from drafttrain.config import PromptsConfig
 from drafttrain.dialogue import asked, encode, encode_raw, render
-from drafttrain.distributed import rank, say, world_size
+from drafttrain.distributed import progress, rank, say, world_size
 from drafttrain.errors import UserError
 from drafttrain.models.fingerprint import tokenizer_hash
 from drafttrain.records import MANIFEST, ShardedWriter, iter_records
@@ -113,7 +113,8 @@ def prompts_of(settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokeniz
     if not 0 < settings.near_duplicate <= 1:
         raise UserError(f"prompts.near_duplicate must be above 0 and at most 1, not {settings.near_duplicate}.")
     seed = seed if settings.seed is None else settings.seed
-    found = [_for_target(each, settings.system, tokenizer) for each in _collect(settings, seed, tokenizer)]
+    collected = progress(_collect(settings, seed, tokenizer), description="prompts")
+    found = [_for_target(each, settings.system, tokenizer) for each in collected]
     kept, repeated = _without_duplicates(found, settings.near_duplicate, settings.limit, seed)
     fitting, too_long = _fitting(kept, tokenizer, settings.max_tokens, context)
     splits = _split([each for each, _ in fitting], settings.held_out)

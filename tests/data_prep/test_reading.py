@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.reading import read_rows
+from data_prep.reading import read_hub, read_rows
 from drafttrain.errors import UserError
 
 ROWS = [{"prompt": "one"}, {"prompt": "two\nlines"}, {"prompt": "\u00fc"}]
@@ -79,3 +79,32 @@ def test_a_missing_file_and_an_empty_folder_are_told(tmp_path):
         values(tmp_path / "nothing.jsonl")
     with pytest.raises(UserError, match="no file of a known kind"):
         values(tmp_path)
+
+
+def test_a_data_set_that_cannot_be_fetched_is_told():
+    with pytest.raises(UserError, match="nobody/nothing") as error:
+        list(read_hub("nobody/nothing", "train"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_set_of_the_hub_is_read_by_split(tmp_path, monkeypatch):
+    import datasets
+
+    made = datasets.Dataset.from_list(ROWS)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, split: asked.append((*words, split)) or made)
+    rows = list(read_hub("owner/set:easy", "test"))
+    assert asked == [("owner/set", "easy", "test")]
+    assert [row.value for row in rows] == ROWS and rows[1].where == "owner/set:easy, test row 2"
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset"), ValueError("Unknown split"), TimeoutError("too slow")])
+def test_what_goes_wrong_with_the_hub_is_one_sentence(monkeypatch, error):
+    import datasets
+
+    def fail(*words, split):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=str(error)):
+        list(read_hub("owner/set", "test"))
