@@ -219,9 +219,10 @@ def _time(shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -
     world = int(os.environ.get("WORLD_SIZE", "1"))
     speed = matrix_speed(torch.bfloat16 if arguments.bf16 else torch.float32)
     minutes = operations / (world * EFFICIENCY * speed) / 60
+    told = f"about {minutes:.0f} min" if minutes >= 1 else "under a minute"
     return (
-        f"time: about {minutes:.0f} min at {EFFICIENCY:.0%} of the {speed / 1e12:.2f} TFLOP/s that {default_device()} "
-        f"reaches now, {operations:.1e} operations, measuring tau apart"
+        f"time: {told} at {EFFICIENCY:.0%} of the {speed / 1e12:.2f} TFLOP/s that {default_device()} reaches now "
+        f"({operations:.1e} operations; measuring tau comes on top)"
     )
 
 

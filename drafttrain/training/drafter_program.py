@@ -18,7 +18,7 @@ from drafttrain.models.checkpoint import CheckpointInfo, license_of, read_info, 
 from drafttrain.models.drafters import build_drafter, inner
 from drafttrain.models.loading import Loaded, load_target, max_context
 from drafttrain.ops.sampling import Sampling
-from drafttrain.run_folder import RunFolder
+from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import check_arguments, training_arguments
 from drafttrain.training.drafter_data import Collator, Epochs, ResponseDataset, read_responses, require_trainable
 from drafttrain.training.losses import mixed
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 WORK_FOLDER = "drafter-training"
 """Folder of the run with the Trainer's checkpoints; only the finished drafter goes to drafter/."""
+
+LOG = "training_log.json"
+"""File of the run with everything the Trainer logged."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def train_drafter(parsed: Parsed) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     drafter = trainer.trained()
     if is_main():
+        log = json.dumps(trainer.state.log_history, indent=1) + "\n"
+        write_atomically(run.path / LOG, log)
         save_drafter(run, drafter, trainer, parsed, inputs)
         shutil.rmtree(folder)
     barrier()
@@ -100,20 +105,9 @@ def check_settings(recipe: Recipe) -> None:
     Raises:
         UserError: names the setting.
     """
-    training = recipe.training
-    mixed(training.losses)
-    check_arguments(training.arguments)
+    mixed(recipe.training.losses)
+    check_arguments(recipe.training.arguments)
     Sampling(**dataclasses.asdict(recipe.responses.sampling))
-    if training.temperature <= 0:
-        raise UserError(
-            f"training.temperature is {training.temperature}, but it must be above 0: the loss divides logits by it."
-        )
-    if not 0 <= training.on_policy_fraction <= 1:
-        raise UserError(f"training.on_policy_fraction is {training.on_policy_fraction}, but it must be in [0, 1].")
-    least = {"on_policy_tokens": 1, "chunk_tokens": 1, "tau_evaluations": 0, "tau_prompts": 1, "tau_length": 1}
-    for name, smallest in least.items():
-        if getattr(training, name) < smallest:
-            raise UserError(f"training.{name} is {getattr(training, name)}, but it must be at least {smallest}.")
 
 
 def read_inputs(parsed: Parsed) -> Inputs:
@@ -152,8 +146,8 @@ def longest(training: TrainingConfig, context: int) -> int:
         UserError: `training.max_length` is beyond the models' context or leaves no room for the drafter to write.
     """
     asked = context if training.max_length is None else training.max_length
-    if not 2 <= asked <= context:
-        raise UserError(f"training.max_length is {asked}, but it must be between 2 and the models' context, {context}.")
+    if asked > context:
+        raise UserError(f"training.max_length is {asked}, which is beyond the models' context, {context}; lower it.")
     if training.on_policy_fraction > 0 and asked <= training.on_policy_tokens:
         raise UserError(
             f"training.on_policy_tokens is {training.on_policy_tokens}, which does not fit into sequences of {asked}."
