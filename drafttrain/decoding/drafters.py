@@ -21,7 +21,7 @@ from drafttrain.decoding.stopping import FixedLength, Step, StoppingRule
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws, sample
-from drafttrain.ops.sampling import Sampling, seen_along
+from drafttrain.ops.sampling import Sampling, seen_along, widened
 
 
 @dataclass(frozen=True)
@@ -245,14 +245,12 @@ class _Round:
         for number in range(1, self.width + 1):
             output = self.engine.forward(self.cache, tokens_BQ, counts, keep="last")
             counts = None
-            logits_BV = output.logits[:, 0] if self.vocabulary == self.engine.vocabulary else self._cut(output.logits)
-            tokens_B, probs_BV = self._draw(logits_BV, number, u_BK)
-            tokens_BQ = tokens_B.unsqueeze(1)
+            tokens_BQ, logits_BKV, q_BKV = self._draw(output.logits, number, u_BK)
             drawn.append(tokens_BQ)
-            if probs_BV is not None:
-                probs.append(probs_BV)
+            if q_BKV is not None:
+                probs.append(q_BKV)
             if adaptive and number < self.width:
-                stop_B = self._stop(number, tokens_B, output.hidden[:, 0], logits_BV, probs_BV)
+                stop_B = self._stop(number, tokens_BQ, output.hidden, logits_BKV, q_BKV)
                 if not single:
                     going_B = self._going(going_B, stop_B, number)
                     if number % self.check_every == 0 and not going_B.any():
@@ -263,35 +261,37 @@ class _Round:
         return Draft(
             torch.cat(drawn, 1),
             length_B,
-            torch.stack(probs, 1) if probs else None,
+            torch.cat(probs, 1) if probs else None,
             source=self.name,
             forwards={self.name: len(drawn) if length_B is None else length_B},
         )
 
-    def _cut(self, logits_BKV: Tensor) -> Tensor:
-        return logits_BKV[:, 0, : self.vocabulary]
-
-    def _draw(self, logits_BV: Tensor, number: int, u_BK: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The next token [B] and, when sampling, the distribution it was drawn from [B, V]."""
-        probs_BV = None
+    def _draw(self, logits_BKV: Tensor, number: int, u_BK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The next token [B, 1], the logits and, when sampling, the distribution it was drawn from [B, 1, V]."""
+        if self.vocabulary != self.engine.vocabulary:
+            logits_BKV = logits_BKV[..., : self.vocabulary]
+        logits_BKV = widened(logits_BKV)
+        seen_BKV = None if self.seen_BV is None else self.seen_BV.unsqueeze(1)
+        q_BKV = None
         if u_BK is None:
-            tokens_B = self.sampling.choose(logits_BV, self.seen_BV)
+            tokens_BK = self.sampling.choose(logits_BKV, seen_BKV)
         else:
-            probs_BV = self.sampling.probabilities(logits_BV, self.seen_BV)
-            tokens_B = sample(probs_BV, u_BK[:, number - 1])
+            q_BKV = self.sampling.probabilities(logits_BKV, seen_BKV)
+            tokens_BK = sample(q_BKV, u_BK[:, number - 1 : number])
         if self.seen_BV is not None:
-            self.seen_BV.scatter_(1, tokens_B.unsqueeze(1), True)
-        return tokens_B, probs_BV
+            self.seen_BV.scatter_(1, tokens_BK, True)
+        return tokens_BK, logits_BKV, q_BKV
 
     def _stop(
-        self, number: int, tokens_B: Tensor, hidden_BH: Tensor, logits_BV: Tensor, probs_BV: Tensor | None
+        self, number: int, tokens_BK: Tensor, hidden_BKH: Tensor, logits_BKV: Tensor, q_BKV: Tensor | None
     ) -> Tensor | None:
         """Which rows end with the token just drawn: bool [B], None for no row."""
 
         def scoring() -> Tensor:
-            return self.sampling.scoring.probabilities(logits_BV) if probs_BV is None else probs_BV
+            return (self.sampling.scoring.probabilities(logits_BKV) if q_BKV is None else q_BKV)[:, 0]
 
-        stop_B = self.rule.stop(Step(number, tokens_B, hidden_BH, scoring))
+        tokens_B = tokens_BK[:, 0]
+        stop_B = self.rule.stop(Step(number, tokens_B, hidden_BKH[:, 0], scoring))
         if number < self.rule.min_length:
             stop_B = None
         for eos in self.eos_ids:

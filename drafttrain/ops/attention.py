@@ -9,6 +9,7 @@ forward pass (`prepare_mask`) and shared by all layers; keys arrive cut to the l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -65,14 +66,19 @@ def prepare_mask(
     windowed = window is not None and (span.bound > window or not cache.in_order)
     if span.start is not None and not windowed:
         if span.width == 1:
-            return torch.empty(_SEE_ALL_SHAPE, device=positions_BQ.device)
+            return _stand_in(_SEE_ALL_SHAPE, positions_BQ.device)
         if span.start == 0 and not softcap:
-            return torch.empty(_CAUSAL_SHAPE, device=positions_BQ.device)
+            return _stand_in(_CAUSAL_SHAPE, positions_BQ.device)
     if span.width > 1 and groups > 1 and (softcap or groups * span.width <= FOLD_ROWS):
         positions_BQ = positions_BQ.repeat(1, groups)
     visible_BQS = cache.visible(positions_BQ, window if windowed else None)
     mask_BQS = torch.zeros(visible_BQS.shape, dtype=dtype, device=visible_BQS.device)
     return mask_BQS.masked_fill_(~visible_BQS, -torch.inf).unsqueeze(1)
+
+
+@functools.cache
+def _stand_in(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.empty(shape, device=device)
 
 
 def attention(

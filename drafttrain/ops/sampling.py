@@ -72,7 +72,7 @@ class Sampling:
 
     def choose(self, logits_BKV: Tensor, seen_BKV: Tensor | None = None) -> Tensor:
         """The greedy token of every position: int64 [..., K]."""
-        return self._penalise(logits_BKV, seen_BKV).to(_wide(logits_BKV)).argmax(-1)
+        return self._penalise(widened(logits_BKV), seen_BKV).argmax(-1)
 
     def probabilities(self, logits_BKV: Tensor, seen_BKV: Tensor | None = None) -> Tensor:
         """The distribution the next token is drawn from.
@@ -87,8 +87,8 @@ class Sampling:
         """
         if self.greedy:
             tokens_BK = self.choose(logits_BKV, seen_BKV)
-            return torch.zeros_like(logits_BKV, dtype=_wide(logits_BKV)).scatter_(-1, tokens_BK.unsqueeze(-1), 1.0)
-        logits_BKV = self._penalise(logits_BKV, seen_BKV).to(_wide(logits_BKV))
+            return torch.zeros_like(widened(logits_BKV)).scatter_(-1, tokens_BK.unsqueeze(-1), 1.0)
+        logits_BKV = self._penalise(widened(logits_BKV), seen_BKV)
         if self.temperature != 1.0:
             logits_BKV = logits_BKV / self.temperature
         if 0 < self.top_k < logits_BKV.shape[-1]:
@@ -108,10 +108,9 @@ class Sampling:
             return logits_BKV
         if seen_BKV is None:
             raise ValueError("a repetition penalty needs the tokens seen so far")
-        wide_BKV = logits_BKV.to(_wide(logits_BKV))
         penalty = self.repetition_penalty
-        penalised_BKV = torch.where(wide_BKV > 0, wide_BKV / penalty, wide_BKV * penalty)
-        return torch.where(seen_BKV[..., : wide_BKV.shape[-1]], penalised_BKV, wide_BKV)
+        penalised_BKV = torch.where(logits_BKV > 0, logits_BKV / penalty, logits_BKV * penalty)
+        return torch.where(seen_BKV[..., : logits_BKV.shape[-1]], penalised_BKV, logits_BKV)
 
 
 def log_probability_and_entropy(probs_BV: Tensor, tokens_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +141,9 @@ def seen_along(seen_BV: Tensor, tokens_BK: Tensor) -> Tensor:
     return seen_BKV.cumsum(1, dtype=torch.int32) > 0
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def widened(logits: Tensor) -> Tensor:
+    """Logits in the precision that everything here is computed in: float32, or float64 where they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _least_in_nucleus(probs_BKV: Tensor, top_p: float) -> Tensor:
