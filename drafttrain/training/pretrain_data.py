@@ -54,6 +54,8 @@ class Blocks(Dataset):
     seed: int = 0
     code_weight: float = 0.3
     prompt_weight: float = 0.03
+    answer_weight: float = 24.0
+    """what an answer weighs at least in all: short answers would drown among the long ones of *revise*"""
     first_seed: int = 0
     _count: object = field(init=False, repr=False)
 
@@ -117,9 +119,10 @@ class Blocks(Dataset):
                 yield token, self.prompt_weight
             yield tokenizer.eos_token_id, 0.0
             yield assistant, 0.0
-            for token in tokenizer(turn.answer, add_special_tokens=False)["input_ids"]:
-                yield token, 1.0
-            yield tokenizer.eos_token_id, 1.0
+            answer = [*tokenizer(turn.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            weight = max(1.0, self.answer_weight / len(answer))
+            for token in answer:
+                yield token, weight
 
     def _echo(self, draw: random.Random) -> Iterator[tuple[int, float]]:
         stretch = [draw.randrange(len(self.tokenizer)) for _ in range(draw.randint(4, 48))]

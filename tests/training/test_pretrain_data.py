@@ -48,3 +48,4 @@ def test_positions_grow_and_jump_only_where_asked(blocks):
 def test_answers_weigh_more_than_documents(blocks):
     weights = blocks[3]["weights"]
     assert {0.0, 1.0} <= set(weights.unique().tolist()) and (weights == 1.0).float().mean() > 0.2
+    assert blocks[0]["weights"].max() > 2.0  # a short answer
