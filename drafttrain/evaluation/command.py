@@ -29,14 +29,13 @@ from drafttrain.evaluation.names import sampling_name, sampling_of
 from drafttrain.evaluation.pair import Models, load_models
 from drafttrain.evaluation.questions import Limits, Question, prompts_hash, questions_of, to_sample
 from drafttrain.evaluation.report import write
-from drafttrain.evaluation.runner import Timings, answer, batches, instrument, interleave
+from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all, interleave
 from drafttrain.evaluation.schema import (
     AUTOREGRESSIVE,
     SCHEMA_VERSION,
     Costs,
     Exactness,
     ExampleAnswer,
-    Kind,
     MethodResult,
     Report,
     Sample,
@@ -45,7 +44,7 @@ from drafttrain.evaluation.schema import (
 )
 from drafttrain.evaluation.schema import Sampling as NamedSampling
 from drafttrain.evaluation.sweep import Setting as SweptSetting
-from drafttrain.evaluation.sweep import kind_of, parameter_of, pick, settings, sweep
+from drafttrain.evaluation.sweep import family_of, kind_of, parameter_of, pick, settings, sweep
 from drafttrain.evaluation.tuning import calibrate, made_traces, record_for_replay, stored_traces, task_weights
 from drafttrain.evaluation.verdict import decide, predict, verdict_lines
 from drafttrain.ops.sampling import Sampling
@@ -92,7 +91,7 @@ class _Measured:
     questions: list[Question]
     samples: dict[str, list[Sample]]
     points: list[SweepPoint]
-    costs: dict[Kind, Costs]
+    costs: dict[str, Costs]
     tuned_by: str
     timings: dict[str, Timings] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -170,7 +169,7 @@ class Evaluation:
 
     def _tune(
         self, name: str, sampling: Sampling, tuning: Sequence[Question]
-    ) -> tuple[list[SweepPoint], dict[Kind, Costs], str]:
+    ) -> tuple[list[SweepPoint], dict[str, Costs], str]:
         """Costs, then every setting by replay."""
         config = self.config
         few = list({question.task: question for question in tuning}.values())
@@ -194,7 +193,6 @@ class Evaluation:
     def _run(self, measured: _Measured, methods: Sequence[str], sampling: Sampling) -> None:
         """The real runs, then the instrumented ones."""
         config, models = self.config, self.models
-        reset_peak(models.device)
         decoders = {method: models.decoder(method, sampling, self.seed) for method in methods}
         found = interleave(
             decoders, measured.questions, config.batch_size, config.repeats, config.warmup, f"{measured.name}: runs"
@@ -207,9 +205,10 @@ class Evaluation:
             write_samples(self.run.path, measured.samples[method], sample_path(measured.name, method))
         groups = batches(measured.questions, config.batch_size)
         spread = groups[:: max(1, len(groups) // SPEED_CHECK_QUESTIONS)][:SPEED_CHECK_QUESTIONS]
+        measured.timings = instrument_all(decoders, spread, models.engines())
         for method in methods:
             reset_peak(models.device)
-            measured.timings[method] = instrument(decoders[method], spread, models.engines())
+            answer(decoders[method], groups[0])
             measured.memory[method] = resident_bytes(models.device)
 
     def _check(self, measured: _Measured, method: str, sampling: Sampling) -> Exactness:
@@ -229,11 +228,10 @@ class Evaluation:
     def _check_float64(self, measured: Sequence[_Measured]) -> None:
         """Greedy identity in float64 of every method that was run, on a few questions."""
         methods = list(dict.fromkeys(method for each in measured for method in each.samples))
-        by_task = list({question.task: question for question in measured[0].questions}.values())
-        few = [
-            dataclasses.replace(question, limit=min(question.limit, FLOAT64_TOKENS))
-            for question in by_task[:FLOAT64_QUESTIONS]
-        ]
+        asked = measured[0].questions
+        by_task = {question.task: question for question in asked}.values()
+        different = sorted(asked, key=lambda question: question not in by_task)[:FLOAT64_QUESTIONS]
+        few = [dataclasses.replace(each, limit=min(each.limit, FLOAT64_TOKENS)) for each in different]
         try:
             answers = {method: self._float64_answers(method, few) for method in methods}
         except UserError as error:
@@ -269,7 +267,7 @@ class Evaluation:
         kind = kind_of(method)
         own, base = measured.samples[method], measured.samples[AUTOREGRESSIVE]
         overall, tasks = figures.by_task(own, base, self.config.bootstrap, self.seed)
-        costs = measured.costs.get(kind, measured.costs["fixed"]) if kind != "autoregressive" else None
+        costs = measured.costs.get(family_of(method), measured.costs["fixed"]) if kind != "autoregressive" else None
         timings = measured.timings[method]
         point = next((p for p in measured.points if p.method == method), None)
         return MethodResult(

@@ -13,7 +13,7 @@ from drafttrain.evaluation.schema import ExampleAnswer, Report
 _STYLE = """
 :root { --ink:#1c1e21; --soft:#5c6670; --line:#dfe3e8; --paper:#fff; --wash:#f6f7f9; }
 * { box-sizing:border-box }
-body { margin:0 auto; padding:2rem 1.25rem 4rem; max-width:70rem; color:var(--ink); background:var(--paper);
+body { margin:0 auto; padding:2rem 1.25rem 4rem; max-width:76rem; color:var(--ink); background:var(--paper);
   font:16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
 h1 { font-size:1.15rem; margin:0 0 1rem; color:var(--soft); font-weight:600 }
 h2 { font-size:1.25rem; margin:2.6rem 0 .6rem }
@@ -26,10 +26,10 @@ h3 { font-size:1rem; margin:1.6rem 0 .4rem }
 figure { margin:1.2rem 0 } figure img { width:100%; height:auto; border:1px solid var(--line); border-radius:.4rem }
 figure.narrow { max-width:46rem } figcaption { color:var(--soft); font-size:.9rem; margin-bottom:.35rem }
 .scroll { overflow-x:auto }
-table { border-collapse:collapse; font-size:.86rem; min-width:100% }
-th { text-align:right; font-weight:600; border-bottom:2px solid var(--line); padding:.3rem .55rem;
+table { border-collapse:collapse; font-size:.82rem; min-width:100% }
+th { text-align:right; font-weight:600; border-bottom:2px solid var(--line); padding:.3rem .45rem;
   vertical-align:bottom }
-td { text-align:right; border-bottom:1px solid var(--line); padding:.3rem .55rem; white-space:nowrap;
+td { text-align:right; border-bottom:1px solid var(--line); padding:.3rem .45rem; white-space:nowrap;
   font-variant-numeric:tabular-nums }
 th:first-child, td:first-child { text-align:left } tr:hover td { background:var(--wash) }
 td.text { text-align:left; white-space:normal }

@@ -142,6 +142,19 @@ def instrument(decoder: Decoder, groups: Sequence[Sequence[Question]], engines: 
     return watch.timings
 
 
+def instrument_all(
+    decoders: Mapping[str, Decoder], groups: Sequence[Sequence[Question]], engines: Sequence[Engine]
+) -> dict[str, Timings]:
+    """Instrumented runs of several methods, batch by batch in turn, after one of each that does not count."""
+    timings = {method: Timings() for method in decoders}
+    for number, group in enumerate([groups[0], *groups]):
+        for method, decoder in decoders.items():
+            found = instrument(decoder, [group], engines)
+            if number > 0:
+                timings[method].add(found)
+    return timings
+
+
 class _Watch:
     """Stands in for `propose` of the drafter and `forward` of the target of one decoder while attached."""
 

@@ -71,6 +71,12 @@ def kind_of(method: str) -> Kind:
     return kinds.get(arguments["stop"].name, "other")
 
 
+def family_of(method: str) -> str:
+    """What methods share their costs with: their kind, and for an acceptance head its name."""
+    name = head_of(method)
+    return f"{kind_of(method)} {name}" if name else kind_of(method)
+
+
 def parameter_of(method: str) -> float | None:
     """The number that a sweep would vary: the length, or the stopping rule's threshold."""
     arguments = dict(parse_method(method).arguments)
@@ -84,7 +90,7 @@ def sweep(
     record: Record,
     swept: Sequence[Setting],
     models: Models,
-    costs: Mapping[Kind, Costs],
+    costs: Mapping[str, Costs],
     weights: Mapping[str, float],
     sampling: str,
 ) -> list[SweepPoint]:
@@ -94,7 +100,7 @@ def sweep(
         record: the traces, grouped by task.
         swept: the settings.
         models: to build their rules.
-        costs: by kind; the oracle has those of fixed lengths, whose rule costs nothing.
+        costs: by family; the oracle has those of fixed lengths, whose rule costs nothing.
         weights: of tasks.
         sampling: name of the decoding setting that the traces were made for.
     """
@@ -104,9 +110,13 @@ def sweep(
         policy_of(build(each.method, members).stop, head_of(each.method) or "head") for each in swept
     ]
     everything = [*swept, Setting(ORACLE, "oracle", None)]
+
+    def family(setting: Setting) -> str:
+        return "fixed" if setting.kind == "oracle" else family_of(setting.method)
+
     tallies = replay(record, [*policies, OraclePolicy(int(longest))])
     return [
-        _point(setting, tally, costs.get(setting.kind, costs["fixed"]), weights, sampling)
+        _point(setting, tally, costs.get(family(setting), costs["fixed"]), weights, sampling)
         for setting, tally in zip(everything, tallies, strict=True)
     ]
 
@@ -147,10 +157,11 @@ def weighted(by_task: Mapping[str, Counts], weights: Mapping[str, float]) -> Cou
 
 def pick(points: Sequence[SweepPoint], top: int) -> list[str]:
     """The `top` settings of each kind, and of each head, that replay predicts to be fastest; marked as measured."""
-    families = dict.fromkeys((point.kind, head_of(point.method)) for point in points if point.kind in RUN_KINDS)
+    runnable = [point for point in points if point.kind in RUN_KINDS]
+    families = dict.fromkeys((RUN_KINDS.index(point.kind), family_of(point.method)) for point in runnable)
     picked = []
-    for family in sorted(families, key=lambda family: RUN_KINDS.index(family[0])):
-        mine = [point for point in points if point.kind in RUN_KINDS and (point.kind, head_of(point.method)) == family]
+    for _, family in sorted(families):
+        mine = [point for point in runnable if family_of(point.method) == family]
         best = sorted(mine, key=lambda point: -point.predicted_speedup)[:top]
         for point in sorted(best, key=lambda point: point.parameter or 0.0):
             point.measured = True

@@ -100,7 +100,7 @@ def cost_cells(report: Report, sampling: str) -> list[list[str]]:
     return cells
 
 
-EXACT_COLUMNS = ("method", "setting", "check", "answers", "identical", "first divergences", "verdict")
+EXACT_COLUMNS = ("method", "setting", "check", "answers", "identical", "evidence", "verdict")
 
 
 def exactness_cells(report: Report) -> list[list[str]]:

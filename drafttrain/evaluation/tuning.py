@@ -16,9 +16,9 @@ from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.measure import costs_of, verify_costs
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.questions import Question
-from drafttrain.evaluation.runner import Timings, answer, batches, instrument
-from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs, Kind
-from drafttrain.evaluation.sweep import kind_of
+from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all
+from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs
+from drafttrain.evaluation.sweep import family_of
 from drafttrain.evaluation.trace_record import Record, record_of
 from drafttrain.evaluation.trace_scores import RULES, score_rows, with_run_entropy
 from drafttrain.ops.sampling import Sampling
@@ -44,8 +44,8 @@ class Traces:
 
 def calibrate(
     models: Models, sampling: Sampling, questions: Sequence[Question], batch_size: int, longest: int, seed: int
-) -> dict[Kind, Costs]:
-    """Costs of each kind of drafting, from instrumented runs on tuning prompts.
+) -> dict[str, Costs]:
+    """Costs of each family of methods, from instrumented runs on tuning prompts.
 
     Every method runs once unmeasured before; the measured runs are interleaved question by question.
     """
@@ -55,23 +55,18 @@ def calibrate(
     short = [dataclasses.replace(each, limit=min(each.limit, CALIBRATION_TOKENS)) for each in questions]
     groups = batches(short, batch_size)
     decoders = {method: models.decoder(method, sampling, seed) for method in methods}
-    timings = {method: Timings() for method in methods}
-    for number, group in enumerate([groups[0], *groups]):
-        for method in methods:
-            found = instrument(decoders[method], [group], models.engines())
-            if number > 0:
-                timings[method].add(found)
-    return by_kind(timings, longest + 1)
+    timings = instrument_all(decoders, groups, models.engines())
+    return by_family(timings, longest + 1)
 
 
-def by_kind(timings: Mapping[str, Timings], widths: int) -> dict[Kind, Costs]:
-    """Costs of each kind from instrumented runs of its methods, the autoregressive one among them."""
-    kinds: dict[Kind, Timings] = {}
+def by_family(timings: Mapping[str, Timings], widths: int) -> dict[str, Costs]:
+    """Costs of each family from instrumented runs of its methods, the autoregressive one among them."""
+    families: dict[str, Timings] = {}
     for method, found in timings.items():
-        kinds.setdefault(kind_of(method), Timings()).add(found)
-    baseline = kinds.pop("autoregressive")
-    verify = verify_costs(kinds.values(), baseline, widths)
-    return {kind: costs_of(found, baseline, verify) for kind, found in kinds.items()}
+        families.setdefault(family_of(method), Timings()).add(found)
+    baseline = families.pop("autoregressive")
+    verify = verify_costs(families.values(), baseline, widths)
+    return {family: costs_of(found, baseline, verify) for family, found in families.items()}
 
 
 def stored_traces(run: RunFolder, models: Models, sampling: Sampling, accept_new_target: bool) -> Traces | None:

@@ -102,8 +102,8 @@ def _decision(speedup: Interval, least: float) -> Decision:
 def _headline(verdict: SettingVerdict, prompts: int, least: float) -> str:
     if verdict.speedup is None:
         return (
-            f"Not proven: do not deploy. No answer was left to measure at {verdict.sampling}: all of them loop or are "
-            "wrong."
+            f"Not proven: do not deploy. No answer was left to measure ({verdict.sampling}): all of them loop or "
+            "are wrong."
         )
     over = f"{verdict.sampling}, {prompts} prompts"
     if verdict.decision == "deploy":
@@ -121,13 +121,17 @@ def _headline(verdict: SettingVerdict, prompts: int, least: float) -> str:
 
 def _also(setting: SettingVerdict, least: float) -> str:
     if setting.speedup is None:
-        return f"At {setting.sampling} no answer was left to measure."
+        return f"{_capital(setting.sampling)}: no answer was left to measure."
     closing = {
         "deploy": "",
         "not proven": f"; not proven, the interval reaches below {least:.2f}",
         "no gain": "; no gain, do not deploy there",
     }[setting.decision]
-    return f"At {setting.sampling}: {setting.speedup:.2f}, with `{setting.method}`{closing}."
+    return f"{_capital(setting.sampling)}: {setting.speedup:.2f} times as fast, with `{setting.method}`{closing}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _adaptive(rows: Sequence[MethodResult], first: SettingVerdict) -> str | None:

@@ -138,7 +138,7 @@ def test_every_setting_is_judged_and_the_first_one_leads():
     report, _ = synthetic.report()
     assert [setting.sampling for setting in report.verdict.settings] == ["greedy", "temperature 1"]
     assert "greedy" in report.verdict.headline
-    assert any(line.startswith("At temperature 1") for line in report.verdict.details)
+    assert any(line.startswith("Temperature 1: ") for line in report.verdict.details)
 
 
 def test_more_data_is_advised_while_tau_rises():
