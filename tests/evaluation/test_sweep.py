@@ -1,0 +1,136 @@
+"""The sweep asks for every setting once, judges it in the test split's mixture, and picks the best of each family."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drafttrain.config import EvaluateConfig
+from drafttrain.decoding.counts import Counts
+from drafttrain.decoding.expression import parse_method
+from drafttrain.evaluation.names import sampling_name
+from drafttrain.evaluation.runner import Round, Timings
+from drafttrain.evaluation.schema import AUTOREGRESSIVE, SweepPoint
+from drafttrain.evaluation.sweep import family_of, head_of, kind_of, parameter_of, pick, settings, weighted
+from drafttrain.evaluation.tuning import by_family, counts, task_weights
+from drafttrain.models.acceptance_head import AcceptanceHeadConfig
+from drafttrain.recipe import SamplingConfig
+
+HEAD = "Model(drafter, stop=AcceptanceHead(head, 0.7, min=2))"
+
+
+def test_every_length_and_threshold_is_swept_once_in_canonical_form():
+    heads = {"head": AcceptanceHeadConfig(8, threshold=0.35), "published": AcceptanceHeadConfig(8, min_length=2)}
+    swept = settings(EvaluateConfig(max_length=3, thresholds=[0.5, 0.2]), heads)
+    methods = [each.method for each in swept]
+    assert methods[:3] == [f"Model(drafter, length={k})" for k in (1, 2, 3)]
+    assert "Model(drafter, stop=AcceptanceHead(head, 0.35, max=3))" in methods  # its own threshold
+    assert "Model(drafter, stop=AcceptanceHead(published, 0.5, min=2, max=3))" in methods
+    assert len(set(methods)) == len(methods) == 3 + 2 + 3 + 3
+    assert all(str(parse_method(method)) == method for method in methods)
+    assert all((each.kind, each.parameter) == (kind_of(each.method), parameter_of(each.method)) for each in swept)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "parameter", "family"),
+    [
+        ("Model(drafter, length=5)", "fixed", 5, "fixed"),
+        ("Model(drafter, length=9, stop=Confidence(0.4))", "confidence", 0.4, "confidence"),
+        ("Model(drafter, stop=Entropy(1.5))", "entropy", 1.5, "entropy"),
+        (HEAD, "head", 0.7, "head head"),
+        (AUTOREGRESSIVE, "autoregressive", None, "autoregressive"),
+    ],
+)
+def test_methods_are_told_apart_by_their_expressions(method, kind, parameter, family):
+    assert (kind_of(method), parameter_of(method), family_of(method)) == (kind, parameter, family)
+    assert head_of(method) == ("head" if kind == "head" else None)
+
+
+def point(method, speedup):
+    return SweepPoint(method, kind_of(method), "greedy", parameter_of(method), 2.0, 0.1, 0.5, speedup)
+
+
+def test_the_fastest_of_each_family_are_picked_in_order_of_their_parameter():
+    speeds = {1: 1.2, 2: 1.5, 3: 1.6, 4: 1.4}
+    points = [point(f"Model(drafter, length={k})", speedup) for k, speedup in speeds.items()]
+    points += [point(f"Model(drafter, stop=AcceptanceHead({name}, 0.5))", 1.0) for name in ("other", "head")]
+    points.append(SweepPoint("perfect stopping", "oracle", "greedy", None, 3.0, 0.0, 0.3, 9.0))
+    assert pick(points, 2) == [
+        "Model(drafter, length=2)",
+        "Model(drafter, length=3)",
+        "Model(drafter, stop=AcceptanceHead(head, 0.5))",
+        "Model(drafter, stop=AcceptanceHead(other, 0.5))",
+    ]
+    assert [p.measured for p in points] == [False, True, True, False, True, True, False]
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.floats(0.1, 10))
+def test_weights_scale_counts_and_leave_rates_of_one_task_alone(tokens, rounds, weight):
+    row = Counts(tokens, rounds, rounds, {"drafter": tokens}, tokens, 1, tokens - 1, [rounds])
+    total = weighted({"a": row}, {"a": weight})
+    assert total.tokens / total.rounds == pytest.approx(tokens / rounds)
+    assert total.drafted_at == [pytest.approx(weight * rounds)]
+
+
+def test_tasks_weigh_as_in_the_test_split():
+    assert task_weights("aaaab", "aabbbb") == {"a": 0.5, "b": 4.0}
+    assert task_weights("aab", "aa") == {"a": 1.0, "b": 0.0}  # not asked in the test split
+    assert task_weights("aa", "bb") == {}
+
+
+class Words:
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize(
+    ("task", "ids", "reference", "counted"),
+    [
+        ("code", [1, 2, 3] * 20, None, False),
+        ("recall", [1, 2, 3] * 20, " ".join(["1 2 3"] * 20), True),
+        ("revise", [4, 5], "4 5", True),
+        ("revise", [4, 5], "4 6", False),
+        ("recall", [4, 5], "4 6", True),
+        ("code", [], None, False),
+    ],
+)
+def test_tuning_answers_count_as_test_answers_do(task, ids, reference, counted):
+    row = {"prompt_id": "p", "turn": 0, "task": task, "response_ids": ids}
+    references = {} if reference is None else {("p", 0): reference}
+    assert counts(row, references, Words()) is counted
+
+
+def test_each_family_has_costs_of_its_own_and_all_share_the_targets():
+    def timings(width, draft, loop, steps):
+        made = Timings([Round(0.0, draft, 1.0, 1.0 + draft + loop, width, steps) for _ in range(20)])
+        made.counts.draft_forwards = {"drafter": 20 * steps} if steps else {}
+        return made
+
+    found = by_family(
+        {
+            AUTOREGRESSIVE: timings(1, 0.0, 0.0, 0),
+            "Model(drafter, length=2)": timings(3, 0.4, 0.1, 2),
+            "Model(drafter, stop=Confidence(0.4))": timings(3, 0.6, 0.1, 2),
+            HEAD: timings(3, 0.8, 0.2, 2),
+        },
+        4,
+    )
+    assert {family: round(costs.c["drafter"], 6) for family, costs in found.items()} == {
+        "fixed": 0.2,
+        "confidence": 0.3,
+        "head head": 0.4,
+    }
+    assert found["head head"].o == pytest.approx(0.2)
+    assert all(costs.v == pytest.approx([1.0] * 4) for costs in found.values())
+
+
+@pytest.mark.parametrize(
+    ("settings_given", "name"),
+    [
+        ({"temperature": 0}, "greedy"),
+        ({"temperature": 0.8, "top_p": 0.9}, "temperature 0.8, top-p 0.9"),
+        ({"temperature": 1, "top_k": 50, "min_p": 0.1}, "temperature 1, top-k 50, min-p 0.1"),
+        ({"temperature": 0, "repetition_penalty": 1.2}, "greedy, repetition penalty 1.2"),
+    ],
+)
+def test_settings_are_named_for_people(settings_given, name):
+    assert sampling_name(SamplingConfig(**settings_given)) == name
