@@ -49,10 +49,15 @@ def test_the_models_attention_is_left_as_it_was(tiny_target):
 
 
 @pytest.mark.parametrize(
-    "row", [([], RESPONSE, DRAFT, []), (PROMPT, RESPONSE, DRAFT[:-1], []), (PROMPT, RESPONSE, DRAFT, [1])]
+    ("row", "told"),
+    [
+        (([], RESPONSE, DRAFT, []), "prompt is empty"),
+        ((PROMPT, RESPONSE, DRAFT[:-1], []), "shorter"),
+        ((PROMPT, RESPONSE, DRAFT, [1]), "1 run tokens do not divide among 3"),
+    ],
 )
-def test_rows_that_do_not_fit_together_are_refused(tiny_target, row):
-    with pytest.raises(ValueError):
+def test_rows_that_do_not_fit_together_are_refused(tiny_target, row, told):
+    with pytest.raises(ValueError, match=told):
         branch_states(tiny_target, *row)
 
 
