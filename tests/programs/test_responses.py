@@ -238,6 +238,7 @@ def test_killed_midway_and_started_again_it_ends_with_the_same_rows(flags, tmp_p
         process.send_signal(signal.SIGKILL)
         process.wait()
     kept = {path: path.stat().st_mtime_ns for path in (run / "responses").glob("part-*.parquet")}
+    assert kept, "nothing was finished before the kill"
     responses.main([*flags, "--run", str(run)])
     assert rows(run) == reference
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items()), "finished shards are not made again"
