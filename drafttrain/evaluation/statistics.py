@@ -19,6 +19,10 @@ LEAST_EXPECTED = 5.0
 """Cells of a chi-square test are merged until each expects this many observations (Cochran's rule)."""
 
 
+_SINGLE = object()
+"""The stratum of all prompts that are alone in theirs."""
+
+
 @dataclass
 class Interval:
     """A figure and the bounds of its 95 % interval."""
@@ -42,7 +46,8 @@ def bootstrap(
     """95 % percentile interval of a figure of summed counts, resampling whole prompts within each stratum.
 
     Strata are the tasks: the mixture is fixed before anything is measured, so a resample must keep it. Counts of
-    two methods on the same prompt stand in the same row, which makes the interval a paired one.
+    two methods on the same prompt stand in the same row, which makes the interval a paired one. Tasks with a single
+    prompt show no spread of their own and are resampled together.
 
     Args:
         counts_PC: [P, C] counts, one row a prompt.
@@ -58,6 +63,8 @@ def bootstrap(
     if len(counts_PC) == 0 or len(counts_PC) != len(strata):
         raise ValueError(f"{len(counts_PC)} rows of counts and {len(strata)} labels")
     random = np.random.default_rng(seed)
+    sizes = Counter(strata)
+    strata = [label if sizes[label] > 1 else _SINGLE for label in strata]
     sums_RC = np.zeros((resamples, counts_PC.shape[1]))
     for stratum in dict.fromkeys(strata):
         rows = counts_PC[[label == stratum for label in strata]]

@@ -45,6 +45,9 @@ _REMEDIES = {
     "o": ["serve with an engine that captures or compiles its loop: `drafttrain export`"],
 }
 
+LEAST_PROMPTS = 5
+"""Fewer conversations prove nothing, however narrow the interval over them."""
+
 _ADAPTIVE = {"head": "acceptance head", "confidence": "confidence rule", "entropy": "entropy bound"}
 
 
@@ -85,7 +88,7 @@ def _setting(name: str, rows: Sequence[MethodResult], least: float) -> SettingVe
     if not measured:
         return SettingVerdict(name, "not proven")
     best = max(measured, key=lambda row: row.overall.speedup.value)
-    verdict = SettingVerdict(name, _decision(best.overall.speedup, least), best.method, best.overall.speedup)
+    verdict = SettingVerdict(name, _decision(best.overall, least), best.method, best.overall.speedup)
     if best.costs is not None:
         verdict.predicted = predict(best.overall, best.costs)
         verdict.halved = halved(best.overall, best.costs)
@@ -93,10 +96,10 @@ def _setting(name: str, rows: Sequence[MethodResult], least: float) -> SettingVe
     return verdict
 
 
-def _decision(speedup: Interval, least: float) -> Decision:
-    if speedup.low >= least:
-        return "deploy"
-    return "not proven" if speedup.value >= least else "no gain"
+def _decision(figures: Figures, least: float) -> Decision:
+    if figures.speedup.value < least:
+        return "no gain"
+    return "deploy" if figures.speedup.low >= least and figures.prompts >= LEAST_PROMPTS else "not proven"
 
 
 def _headline(verdict: SettingVerdict, prompts: int, least: float) -> str:
@@ -109,9 +112,10 @@ def _headline(verdict: SettingVerdict, prompts: int, least: float) -> str:
     if verdict.decision == "deploy":
         return f"Deploy `{verdict.method}`: {verdict.speedup:.2f} times as fast as without a drafter ({over})."
     if verdict.decision == "not proven":
+        few = f"the interval reaches below {least:.2f}" if prompts >= LEAST_PROMPTS else "so few prompts prove nothing"
         return (
             f"Not proven: do not deploy yet. `{verdict.method}` is {verdict.speedup:.2f} times as fast as without a "
-            f"drafter ({over}), and the interval reaches below {least:.2f}."
+            f"drafter ({over}), and {few}."
         )
     return (
         f"No gain: do not deploy. The fastest setting, `{verdict.method}`, is {verdict.speedup:.2f} times as fast as "
@@ -124,7 +128,7 @@ def _also(setting: SettingVerdict, least: float) -> str:
         return f"{_capital(setting.sampling)}: no answer was left to measure."
     closing = {
         "deploy": "",
-        "not proven": f"; not proven, the interval reaches below {least:.2f}",
+        "not proven": f"; not proven to reach {least:.2f}",
         "no gain": "; no gain, do not deploy there",
     }[setting.decision]
     return f"{_capital(setting.sampling)}: {setting.speedup:.2f} times as fast, with `{setting.method}`{closing}."
@@ -142,9 +146,10 @@ def _adaptive(rows: Sequence[MethodResult], first: SettingVerdict) -> str | None
         return None
     best = max(compared, key=lambda row: row.versus["fixed"].value)
     gain, name = best.versus["fixed"], _ADAPTIVE[best.kind]
-    if gain.low > 1:
+    enough = best.overall.prompts >= LEAST_PROMPTS
+    if enough and gain.low > 1:
         line = f"The {name} earns its place: {_change(gain)} over the best fixed length measured"
-    elif gain.high < 1:
+    elif enough and gain.high < 1:
         line = f"The {name} costs more than it saves: {_change(gain)} against the best fixed length; use that"
     else:
         line = f"The {name} adds nothing that this many prompts could prove: {_change(gain)} over the best fixed length"

@@ -49,6 +49,12 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_labels_are():
     assert by_name == bootstrap(counts, rate_ratio, [1, 1, 1, 2, 2, 2, 3, 3, 3], seed=3)
 
 
+def test_tasks_of_one_prompt_are_resampled_together():
+    counts = np.array([[100.0, 50.0, 100.0, 100.0], [100.0, 200.0, 100.0, 100.0]])
+    interval = bootstrap(counts, rate_ratio, ["a", "b"])
+    assert interval.low < interval.value < interval.high
+
+
 def test_no_prompts_are_refused():
     with pytest.raises(ValueError, match="0 rows"):
         bootstrap(np.zeros((0, 4)), rate_ratio, [])

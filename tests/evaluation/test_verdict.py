@@ -44,6 +44,13 @@ def test_the_lower_bound_decides(interval, decision):
     assert f"{interval.value:.2f}" in verdict.headline and METHOD in verdict.headline
 
 
+def test_few_prompts_prove_nothing_however_narrow_the_interval():
+    made = rows(Interval(1.6, 1.6, 1.6))
+    made[1].overall.prompts = 2
+    verdict = decide(made, [], [], 1.05)
+    assert verdict.decision == "not proven" and "so few prompts" in verdict.headline
+
+
 def test_wrong_output_outweighs_any_speed():
     failed = Exactness("float64", False, 4, 3, reason="code-1 differs at token 9")
     verdict = decide(rows(Interval(3.0, 2.9, 3.1), lossless=[failed]), [], [], 1.05)
