@@ -4,8 +4,8 @@ The target's cache always holds a row's text but its last token. A round reads t
 forward, accepts the longest valid prefix and adds one token of the target's own. Everything up to there stays on the
 device; then one small tensor is read, and the host ends rows, cuts at end tokens and moves lengths.
 
-Draws are keyed by position, so a position that was drafted in vain is drafted again with the same draw. That is exact as
-long as nothing that decides about later tokens looks at the values of discarded ones, and nothing here does.
+Draws are keyed by position, so a position that was drafted in vain is drafted again with the same draw. That is exact
+as long as nothing that decides about later tokens looks at the values of discarded ones, and nothing here does.
 """
 
 # B batch, K drafted tokens, V vocabulary
