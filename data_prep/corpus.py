@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from drafttrain.errors import run_program
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload", "_sysconfigdata"}
-_TABLES = ("pydoc_data/", "encodings/", "html/entities", "lib2to3/pgen2", "keyword", "opcode", "stringprep", "turtledemo/")
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
+_TABLES = ("pydoc_data/", "encodings/", "html/entities", "keyword", "opcode", "stringprep")
 _HELD_OUT_PERCENT = 10
 
 
@@ -130,7 +132,9 @@ def _token_ids(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> li
     return [token for row in rows for token in (tokenizer.bos_token_id, *row, tokenizer.eos_token_id)]
 
 
+@run_program
 def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
     from drafttrain.config import parse
     from drafttrain.run_folder import RunFolder
 
@@ -148,6 +152,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from drafttrain.errors import run_program
-
-    run_program(main)()
+    main()

@@ -51,8 +51,8 @@ def test_the_promised_tasks_exist():
     assert all(kinds(task) for task in TASKS)
 
 
-@pytest.mark.parametrize("length", (256, 512, 1024, 2048))
-@pytest.mark.parametrize("count", (pieces, word_count))
+@pytest.mark.parametrize("length", [256, 512, 1024, 2048])
+@pytest.mark.parametrize("count", [pieces, word_count])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_fills_its_length_and_never_exceeds_it(kind, count, length):
     for seed in (0, 1, HELD_OUT):

@@ -84,6 +84,7 @@ class Kind:
 
     @property
     def task(self) -> str:
+        """The part of the name before the slash."""
         return self.name.split("/")[0]
 
 

@@ -26,17 +26,21 @@ class Vault:
         self.what = rng.choice(("code", "password"))
 
     def key(self) -> str:
+        """A key of two words."""
         return self._fresh(lambda: f"{self._rng.choice(ADJECTIVES)}-{self._rng.choice(NOUNS)}")
 
     def value(self) -> str:
+        """A number or a pair of words, by the kind of this document."""
         if self.what == "code":
             return self._fresh(lambda: str(self._rng.randrange(10_000, 100_000)))
         return self._fresh(lambda: "-".join(self._rng.sample(NOUNS, 2)))
 
     def needle(self, key: str, value: str) -> str:
+        """The sentence that ties a value to a key."""
         return f"The {self.what} for {key} is {value}."
 
     def distractors(self) -> Iterator[str]:
+        """Needles of other keys, without end."""
         while True:
             yield self.needle(self.key(), self.value())
 
