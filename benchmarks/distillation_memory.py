@@ -41,7 +41,12 @@ def main() -> None:
         raise SystemExit(f"the two sides disagree on the loss by {drift:.1e}: they do not do the same work")
     from benchmarks.common import finish
 
-    finish("distillation_memory", figures(sides), {"case": case, "device": arguments.device, "sides": sides})
+    finish(
+        "distillation_memory",
+        figures(sides),
+        {"case": case, "device": arguments.device, "sides": sides},
+        arguments.output,
+    )
 
 
 def figures(sides: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -126,6 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small case in under a minute")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, help="file for the rows of both sides")
     parser.add_argument("--side", choices=["naive", "chunked"], help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -5,7 +5,6 @@ Weights are not read: shapes come from config.json, so that a plan for a large p
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -17,15 +16,21 @@ import torch
 import yaml
 from torch import nn
 
-from drafttrain.config import Parsed, TargetConfig, resolve_path
+from drafttrain.config import Parsed, TargetConfig
 from drafttrain.distributed import say
-from drafttrain.errors import UserError
 from drafttrain.models.drafters import inner, sketch_drafter, without_storage
 from drafttrain.models.fingerprint import Fingerprint, architecture_hash, tokenizer_hash
 from drafttrain.models.loading import DTYPES, Loaded, check_folder, default_device, load_tokenizer, max_context
 from drafttrain.run_folder import RunFolder, require_space
 from drafttrain.training.drafter_data import ResponseDataset, marked, read_responses, require_trainable
-from drafttrain.training.drafter_program import WORK_FOLDER, check_settings, drafter_arguments, global_batch, longest
+from drafttrain.training.drafter_program import (
+    WORK_FOLDER,
+    check_settings,
+    drafter_arguments,
+    global_batch,
+    longest,
+    zero_stage,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -73,7 +78,7 @@ def plan(parsed: Parsed) -> None:
     max_length = longest(recipe.training, shapes.context)
     data = require_trainable(ResponseDataset(train, max_length), folder)
     held_out = ResponseDataset(tune, max_length)
-    stage = _zero_stage(recipe.training.arguments)
+    stage = zero_stage(recipe.training.arguments)
     given = {name: value for name, value in recipe.training.arguments.items() if name != "deepspeed"}
     arguments = drafter_arguments(
         replace(recipe, training=replace(recipe.training, arguments=given)), run.path / WORK_FOLDER
@@ -118,21 +123,6 @@ def _bytes_per_weight(settings: TargetConfig, stored: torch.dtype | None) -> flo
     if quantization:
         return 1.06
     return float((DTYPES.get(settings.dtype) or stored or torch.float32).itemsize)
-
-
-def _zero_stage(arguments: dict) -> int:
-    path = arguments.get("deepspeed")
-    if path is None:
-        return 0
-    if isinstance(path, str):
-        file = Path(resolve_path(path))
-        if not file.is_file():
-            raise UserError(f"training.arguments.deepspeed is {path}, which does not exist.")
-        try:
-            path = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{file} is not valid JSON; give a DeepSpeed configuration.") from None
-    return int(path.get("zero_optimization", {}).get("stage", 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

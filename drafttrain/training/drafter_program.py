@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drafttrain.config import Parsed, Recipe, TrainingConfig
+from drafttrain.config import Parsed, Recipe, TargetConfig, TrainingConfig, resolve_path
 from drafttrain.dialogue import end_tokens
 from drafttrain.distributed import barrier, is_main, say, world_size
 from drafttrain.errors import UserError
@@ -107,6 +109,7 @@ def check_settings(recipe: Recipe) -> None:
     """
     mixed(recipe.training.losses)
     check_arguments(recipe.training.arguments)
+    zero_stage(recipe.training.arguments)
     Sampling(**dataclasses.asdict(recipe.responses.sampling))
 
 
@@ -121,7 +124,7 @@ def read_inputs(parsed: Parsed) -> Inputs:
 
     run, recipe = RunFolder(parsed.run), parsed.recipe
     folder = run.require(run.responses, "data_prep/responses.py")
-    target = load_target(recipe.target)
+    target = load_target(_placed(recipe))
     manifest, train, tune = read_responses(folder, target.fingerprint, parsed.accept_new_target)
     drafter = build_drafter(recipe.drafter, target, recipe.seed, recipe.target.trust_remote_code)
     for model in (target.model, inner(drafter)):
@@ -137,6 +140,34 @@ def read_inputs(parsed: Parsed) -> Inputs:
         ends=end_tokens(target.tokenizer, target.model.generation_config),
         key=settings_key(recipe, manifest, target),
     )
+
+
+def _placed(recipe: Recipe) -> TargetConfig:
+    """The target section, with the weights in host memory first where ZeRO-3 or FSDP will split them."""
+    split = zero_stage(recipe.training.arguments) == 3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if split and recipe.target.device_map is None and recipe.target.quantization is None:
+        return dataclasses.replace(recipe.target, device_map="cpu")
+    return recipe.target
+
+
+def zero_stage(arguments: Mapping[str, Any]) -> int:
+    """Stage of ZeRO that DeepSpeed is asked for, 0 without it.
+
+    Raises:
+        UserError: its configuration is missing or no JSON.
+    """
+    asked = arguments.get("deepspeed")
+    if asked is None:
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
+    if isinstance(asked, str):
+        file = Path(resolve_path(asked))
+        if not file.is_file():
+            raise UserError(f"training.arguments.deepspeed is {asked}, which does not exist.")
+        try:
+            asked = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{file} is not valid JSON; give a DeepSpeed configuration.") from None
+    return int(asked.get("zero_optimization", {}).get("stage", 0))
 
 
 def longest(training: TrainingConfig, context: int) -> int:
@@ -170,14 +201,11 @@ def settings_key(recipe: Recipe, manifest: dict[str, Any], target: Loaded) -> st
 
 def drafter_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     """TrainingArguments of the drafter."""
-    from drafttrain.config import resolve_path
     from drafttrain.training.drafter_trainer import DEFAULTS, FIXED
 
     given = dict(recipe.training.arguments)
     if isinstance(given.get("deepspeed"), str):
         given["deepspeed"] = resolve_path(given["deepspeed"])
-        if not Path(given["deepspeed"]).is_file():
-            raise UserError(f"training.arguments.deepspeed is {given['deepspeed']}, which does not exist.")
     keep_best = given.pop("load_best_model_at_end", True)
     arguments = training_arguments(given, folder, "training", DEFAULTS, **FIXED, seed=recipe.seed)
     if recipe.training.tau_evaluations and keep_best:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class HeldOut:
         vocabulary: leading token ids that stand for text.
         eos_ids: tokens that end an answer.
         batch: prompts decoded together; tau does not depend on it.
+        sampling: how they are decoded; greedy while training.
     """
 
     scored: list[Row]
@@ -54,6 +55,7 @@ class HeldOut:
     vocabulary: int
     eos_ids: frozenset[int]
     batch: int = 8
+    sampling: Sampling = field(default_factory=lambda: Sampling(0.0))
 
     @classmethod
     def of(
@@ -79,7 +81,7 @@ class HeldOut:
         return cls(data.select(SCORED), texts, limits, length, vocabulary, frozenset(eos_ids))
 
     def decode(self, target: FrozenTarget, replica: Replica) -> Counts:
-        """Decode every prompt greedily and count; all ranks call it.
+        """Decode every prompt and count; all ranks call it.
 
         With a sharded target, whose forwards are collective, all ranks decode the same prompts in step; else they
         share them.
@@ -88,7 +90,7 @@ class HeldOut:
         chosen = range(len(self.prompts)) if alone else range(rank(), len(self.prompts), world_size())
         drafter = ModelDrafter(Engine(replica.causal_lm, self.vocabulary), length=self.length)
         with target.whole_head():
-            decoder = Decoder(Engine(target.model, self.vocabulary), drafter, Sampling(0.0), self.eos_ids)
+            decoder = Decoder(Engine(target.model, self.vocabulary), drafter, self.sampling, self.eos_ids)
             counts = Counts()
             for start in range(0, len(chosen), self.batch):
                 rows = chosen[start : start + self.batch]

@@ -240,6 +240,16 @@ def test_deepspeed_gives_the_curve_of_one(made, alone, run, tmp_path, stage):
 
 
 @pytest.mark.slow
+def test_fsdp_gives_the_curve_of_one(made, alone, run, tmp_path):
+    script = Path(__file__).with_name("fsdp_on_cpu.py")
+    command = [tool("torchrun"), "--nproc_per_node", "2", "--master_port", "29647"]
+    done = launch(*command, str(script), *flags(made, run, per_device_train_batch_size=2), cwd=tmp_path)
+    assert "sharded: FSDPLlamaDecoderLayer FSDPLlamaDecoderLayer" in done.stdout
+    assert curve(run) == pytest.approx(curve(alone), abs=1e-5)
+    assert_close(weights(run), weights(alone), atol=1e-5)
+
+
+@pytest.mark.slow
 def test_as_a_module_from_another_folder(made, alone, run, tmp_path):
     launch(sys.executable, "-m", "drafttrain.train_drafter", *flags(made, run), cwd=tmp_path)
     assert_close(weights(run), weights(alone), atol=0)

@@ -1,0 +1,84 @@
+"""Every recipe of a pair parses, plans, and trains a step on tiny random weights of its own architecture."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from drafttrain.config import parse
+from drafttrain.models.checkpoint import read_info
+from drafttrain.train_drafter import main
+from tests.conftest import build_tokenizer
+from tests.training.drafting import save_responses
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+TINY = {
+    "vocab_size": 304,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TINY |= {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 5,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+PAIRS = {
+    "reference/pair.yaml": (LlamaConfig(**TINY, num_hidden_layers=12, tie_word_embeddings=True), None),
+    "reference/pair_small.yaml": (LlamaConfig(**TINY, num_hidden_layers=12, tie_word_embeddings=True), None),
+    "qwen3-8b-0.6b-24gb.yaml": (
+        Qwen3Config(**TINY, num_hidden_layers=3),
+        Qwen3Config(**TINY | {"vocab_size": 320}, num_hidden_layers=2, tie_word_embeddings=True),
+    ),
+    "llama3.1-8b-1b-8gpu.yaml": (
+        LlamaConfig(**TINY, num_hidden_layers=3, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1024,
+        }),
+        LlamaConfig(**TINY, num_hidden_layers=2, tie_word_embeddings=True),
+    ),
+}  # fmt: skip
+
+
+def save(config, folder):
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(params=PAIRS)
+def command(request, tmp_path):
+    """The recipe's own command with tiny models in the place of its own."""
+    target, drafter = PAIRS[request.param]
+    words = ["--config", str(RECIPES / request.param), "--run", str(tmp_path / "run")]
+    words += ["--target.path", save(target, tmp_path / "target")]
+    if drafter is not None:
+        words += ["--drafter.path", save(drafter, tmp_path / "drafter")]
+    save_responses(tmp_path / "run" / "responses", tmp_path / "target", rows=12)
+    return words
+
+
+def test_a_recipe_plans_and_trains_on_tiny_weights_of_its_architecture(command, tmp_path, capsys):
+    main([*command, "--plan"])
+    out = capsys.readouterr().out
+    assert "memory of one process" in out and "[[" in out
+    main([*command, "--training.arguments.max_steps", "1", "--training.tau_evaluations", "1"])
+    folder = tmp_path / "run" / "drafter"
+    assert read_info(folder).metrics["step"] == 1
+    target, drafter = (AutoConfig.from_pretrained(path) for path in (tmp_path / "target", folder))
+    assert drafter.model_type == target.model_type and drafter.num_hidden_layers < target.num_hidden_layers
+
+
+def test_the_reference_pairs_share_their_responses():
+    pair, small = (
+        parse("", [], ["--config", str(RECIPES / "reference" / name), "--run", "r"]).recipe
+        for name in ("pair.yaml", "pair_small.yaml")
+    )
+    for section in ("target", "prompts", "responses", "seed"):
+        assert getattr(pair, section) == getattr(small, section)
