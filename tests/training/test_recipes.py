@@ -19,9 +19,6 @@ TINY = {
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}
-TINY |= {
-    "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 4096,
     "eos_token_id": 5,
