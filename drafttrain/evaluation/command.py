@@ -27,7 +27,7 @@ from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.measure import breakdown
 from drafttrain.evaluation.names import sampling_name, sampling_of
 from drafttrain.evaluation.pair import Models, load_models
-from drafttrain.evaluation.questions import Limits, Question, prompts_hash, questions_of, to_sample
+from drafttrain.evaluation.questions import Limits, Question, different, prompts_hash, questions_of, to_sample
 from drafttrain.evaluation.report import write
 from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all, interleave
 from drafttrain.evaluation.schema import (
@@ -53,6 +53,9 @@ from drafttrain.run_folder import RunFolder
 FLOAT64_QUESTIONS = 3
 FLOAT64_TOKENS = 48
 """The float64 check: a few answers of this many tokens at most, all methods together in one batch each."""
+
+CALIBRATION_QUESTIONS = 8
+"""Tuning questions that costs are measured on."""
 
 SPEED_CHECK_QUESTIONS = 6
 """Questions of the instrumented runs that say where the time goes."""
@@ -172,7 +175,7 @@ class Evaluation:
     ) -> tuple[list[SweepPoint], dict[str, Costs], str]:
         """Costs, then every setting by replay."""
         config = self.config
-        few = list({question.task: question for question in tuning}.values())
+        few = different(tuning, CALIBRATION_QUESTIONS)
         costs = calibrate(self.models, sampling, few, config.batch_size, config.max_length, self.seed)
         traces = stored_traces(self.run, self.models, sampling, self.parsed.accept_new_target)
         if traces is None:
@@ -228,10 +231,8 @@ class Evaluation:
     def _check_float64(self, measured: Sequence[_Measured]) -> None:
         """Greedy identity in float64 of every method that was run, on a few questions."""
         methods = list(dict.fromkeys(method for each in measured for method in each.samples))
-        asked = measured[0].questions
-        by_task = {question.task: question for question in asked}.values()
-        different = sorted(asked, key=lambda question: question not in by_task)[:FLOAT64_QUESTIONS]
-        few = [dataclasses.replace(each, limit=min(each.limit, FLOAT64_TOKENS)) for each in different]
+        chosen = different(measured[0].questions, FLOAT64_QUESTIONS)
+        few = [dataclasses.replace(each, limit=min(each.limit, FLOAT64_TOKENS)) for each in chosen]
         try:
             answers = {method: self._float64_answers(method, few) for method in methods}
         except UserError as error:

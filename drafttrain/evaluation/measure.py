@@ -4,75 +4,74 @@ All are in units of one autoregressive step as decoded, its loop included: then 
 decoding rates, as the measured one is. c includes drawing the token and asking the stopping rule; what a draft costs
 however short it is belongs to the round, to o.
 
-The slowest rounds of each width are left out: on a shared machine a round now and then waits for somebody else, which
-says nothing of the method. What is left out is the same share for every method, the baseline among them.
+Shared machines are noisy, and in two ways. Load comes and goes: every round is timed in units of the autoregressive
+steps that were run beside it, on the same question. Single rounds wait for somebody else: medians are taken, not means.
+And what cannot differ between methods is taken from all of them: v, and o; a stopping rule can only add to c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from drafttrain.evaluation.runner import Round, Timings
 from drafttrain.evaluation.schema import Breakdown, Costs
 
-SLOWEST = 0.05
-"""Share of the rounds of a width that is left out."""
+FIXED = "fixed"
+"""The family without a stopping rule, from which the price of a draft step itself is taken."""
 
 
-def step_seconds(baseline: Timings) -> float:
-    """One autoregressive step, loop included: the unit of all costs."""
-    return float(np.mean([each.total for each in typical(baseline.rounds)]))
-
-
-def costs_of(method: Timings, baseline: Timings, verify: Sequence[float]) -> Costs:
-    """Costs of a kind of drafting.
+def costs_by_family(families: Mapping[str, Timings], baseline: Timings, widths: int) -> dict[str, Costs]:
+    """Costs of every family of methods.
 
     Args:
-        method: instrumented runs of it.
+        families: instrumented runs by family, `FIXED` among them.
         baseline: instrumented autoregressive runs.
-        verify: v(1), v(2), ... as `verify_costs` gives them.
+        widths: v is given for 1 .. widths.
     """
-    unit = step_seconds(baseline)
-    rounds = [each for each in typical(method.rounds) if each.steps]
-    if not rounds:
-        return Costs(unit, {}, list(verify), 0.0)
-    begin, step = draft_line([each.steps for each in rounds], [each.draft for each in rounds])
-    loop = float(np.mean([each.loop for each in rounds]))
-    c = dict.fromkeys(method.counts.draft_forwards, step / unit)
-    return Costs(unit, c, list(verify), (loop + begin) / unit)
+    drafting = [each for timings in families.values() for each in timings.rounds if each.steps]
+    verify = verify_costs([*drafting, *baseline.rounds], widths)
+    begin, step = draft_line([each for each in families[FIXED].rounds if each.steps])
+    o = begin + _median(each.loop / each.unit for each in drafting)
+    unit = _median(each.total for each in baseline.rounds)
+    found = {}
+    for family, timings in families.items():
+        own = [(each.draft / each.unit - begin) / each.steps for each in timings.rounds if each.steps]
+        c = max(step, _median(own)) if own and family != FIXED else step
+        found[family] = Costs(unit, dict.fromkeys(timings.counts.draft_forwards, c), verify, o)
+    return found
 
 
-def draft_line(steps: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """Seconds to begin a draft, and seconds a step, by least squares over rounds of different lengths."""
-    if len(set(steps)) > 1:
-        step, begin = np.polyfit(steps, seconds, 1)
+def draft_line(rounds: Sequence[Round]) -> tuple[float, float]:
+    """What it costs to begin a draft, and a step of it: a line through the medians of drafts of every length."""
+    by_steps: dict[int, list[float]] = {}
+    for each in rounds:
+        by_steps.setdefault(each.steps, []).append(each.draft / each.unit)
+    steps = sorted(by_steps)
+    medians = [_median(by_steps[count]) for count in steps]
+    if len(steps) > 1:
+        step, begin = np.polyfit(steps, medians, 1, w=np.sqrt([len(by_steps[count]) for count in steps]))
         if step > 0 and begin > 0:
             return float(begin), float(step)
-    return 0.0, sum(seconds) / sum(steps)
+    return 0.0, _median(median / count for median, count in zip(medians, steps, strict=True))
 
 
-def verify_costs(timings: Iterable[Timings], baseline: Timings, widths: int) -> list[float]:
+def verify_costs(rounds: Iterable[Round], widths: int) -> list[float]:
     """v(1) .. v(widths), widths that did not occur by straight lines between those that did.
 
     Beyond the widest one seen the mean slope goes on. A wider forward costs no less than a narrower one: where a few
     rounds say otherwise it is noise, and neighbours are pooled by their numbers of rounds.
     """
-    unit = step_seconds(baseline)
-    seen: dict[int, list[Round]] = {}
-    for each in [each for one in timings for each in one.rounds] + baseline.rounds:
-        seen.setdefault(each.width, []).append(each)
+    seen: dict[int, list[float]] = {}
+    for each in rounds:
+        seen.setdefault(each.width, []).append(each.verify / each.unit)
     known = sorted(seen)
-    kept = [typical(seen[width]) for width in known]
-    means = rising_fit(
-        [float(np.mean([each.verify for each in rounds])) / unit for rounds in kept], list(map(len, kept))
-    )
-    found = np.interp(np.arange(1, widths + 1), known, means)
+    costs = rising_fit([_median(seen[width]) for width in known], [len(seen[width]) for width in known])
+    found = np.interp(np.arange(1, widths + 1), known, costs)
     if len(known) > 1 and known[-1] < widths:
-        slope = max(0.0, (means[-1] - means[0]) / (known[-1] - known[0]))
-        beyond = np.arange(known[-1] + 1, widths + 1)
-        found[known[-1] :] = means[-1] + slope * (beyond - known[-1])
+        slope = (costs[-1] - costs[0]) / (known[-1] - known[0])
+        found[known[-1] :] = costs[-1] + slope * (np.arange(known[-1] + 1, widths + 1) - known[-1])
     return [float(value) for value in found]
 
 
@@ -99,13 +98,5 @@ def breakdown(timings: Timings) -> Breakdown:
     )
 
 
-def typical(rounds: Sequence[Round]) -> list[Round]:
-    """The rounds without the slowest of each width."""
-    by_width: dict[int, list[Round]] = {}
-    for each in rounds:
-        by_width.setdefault(each.width, []).append(each)
-    kept = []
-    for group in by_width.values():
-        group.sort(key=lambda each: each.total)
-        kept += group[: max(1, round((1 - SLOWEST) * len(group)))]
-    return kept
+def _median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))

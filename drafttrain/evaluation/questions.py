@@ -122,6 +122,16 @@ def _question(record: Record, turn: int, ids: Sequence[int], limits: Limits) -> 
     return [Question(name, record["task"], turn, tuple(ids), room, reference, _digest(f"{name}/{turn}") >> 2)]
 
 
+def different(questions: Sequence[Question], count: int) -> list[Question]:
+    """At most `count` questions, of as many tasks as there are."""
+    seen: dict[str, int] = {}
+    order = []
+    for question in questions:
+        seen[question.task] = seen.get(question.task, 0) + 1
+        order.append((seen[question.task], len(order)))
+    return [questions[at] for _, at in sorted(order)[:count]]
+
+
 def to_sample(
     question: Question, completions: Sequence[Completion], method: str, sampling: str, tokenizer: Any
 ) -> Sample:

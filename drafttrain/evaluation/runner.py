@@ -8,6 +8,7 @@ with a device beyond what the decoder does itself; where the time goes is measur
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from drafttrain.decoding.engine import Engine, Output
 from drafttrain.decoding.loop import Decoder
 from drafttrain.distributed import progress
 from drafttrain.evaluation.questions import Question
+from drafttrain.evaluation.schema import AUTOREGRESSIVE
 from drafttrain.ops.cache import DenseCache
 
 
@@ -103,6 +105,8 @@ class Round:
     """tokens that the target read at once; 0 while it has not"""
     steps: int = 0
     """draft steps of the longest row"""
+    unit: float = 1.0
+    """seconds of an autoregressive step at about the same time, on the same question"""
 
     @property
     def loop(self) -> float:
@@ -145,13 +149,19 @@ def instrument(decoder: Decoder, groups: Sequence[Sequence[Question]], engines: 
 def instrument_all(
     decoders: Mapping[str, Decoder], groups: Sequence[Sequence[Question]], engines: Sequence[Engine]
 ) -> dict[str, Timings]:
-    """Instrumented runs of several methods, batch by batch in turn, after one of each that does not count."""
+    """Instrumented runs of several methods, batch by batch in turn, after one of each that does not count.
+
+    The autoregressive method, where it is among them, gives every batch its unit.
+    """
     timings = {method: Timings() for method in decoders}
     for number, group in enumerate([groups[0], *groups]):
-        for method, decoder in decoders.items():
-            found = instrument(decoder, [group], engines)
+        found = {method: instrument(decoder, [group], engines) for method, decoder in decoders.items()}
+        steps = [each.total for each in found[AUTOREGRESSIVE].rounds] if AUTOREGRESSIVE in found else [1.0]
+        for method, own in found.items():
+            for each in own.rounds:
+                each.unit = statistics.median(steps)
             if number > 0:
-                timings[method].add(found)
+                timings[method].add(own)
     return timings
 
 

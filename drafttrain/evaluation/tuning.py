@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drafttrain.evaluation.figures import RIGHT_ONLY, loops
-from drafttrain.evaluation.measure import costs_of, verify_costs
+from drafttrain.evaluation.measure import costs_by_family
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.questions import Question
 from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all
@@ -65,8 +65,7 @@ def by_family(timings: Mapping[str, Timings], widths: int) -> dict[str, Costs]:
     for method, found in timings.items():
         families.setdefault(family_of(method), Timings()).add(found)
     baseline = families.pop("autoregressive")
-    verify = verify_costs(families.values(), baseline, widths)
-    return {family: costs_of(found, baseline, verify) for family, found in families.items()}
+    return costs_by_family(families, baseline, widths)
 
 
 def stored_traces(run: RunFolder, models: Models, sampling: Sampling, accept_new_target: bool) -> Traces | None:

@@ -7,9 +7,10 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.stopping import Confidence
 from drafttrain.evaluation import runner
-from drafttrain.evaluation.measure import breakdown, costs_of, rising_fit, step_seconds, typical, verify_costs
+from drafttrain.evaluation.measure import breakdown, costs_by_family, rising_fit
 from drafttrain.evaluation.questions import Question
-from drafttrain.evaluation.runner import Round, Timings, instrument, interleave
+from drafttrain.evaluation.runner import Round, Timings, instrument, instrument_all, interleave
+from drafttrain.evaluation.schema import AUTOREGRESSIVE
 from drafttrain.ops.sampling import Sampling
 from tests.conftest import build_llama
 
@@ -99,34 +100,62 @@ def test_a_drafter_that_is_the_target_is_told_apart(engines):
 # ---- costs ----
 
 
-def rounds(width, verify, draft=0.0, loop=0.0, count=40, steps=0):
-    return [Round(0.0, draft, verify, draft + verify + loop, width, steps) for _ in range(count)]
+def rounds(width, verify, draft=0.0, loop=0.0, count=40, steps=0, unit=1.0):
+    times = [unit * seconds for seconds in (draft, verify, draft + verify + loop)]
+    return [Round(0.0, *times, width, steps, unit) for _ in range(count)]
 
 
-def test_costs_are_in_autoregressive_steps():
-    baseline = Timings(rounds(1, 0.8, loop=0.2))
-    method = Timings(rounds(5, 1.2, draft=0.8, loop=0.3, steps=4))
-    method.counts.draft_forwards = {"drafter": 160}
-    assert step_seconds(baseline) == pytest.approx(1.0)
-    costs = costs_of(method, baseline, verify_costs([method], baseline, 6))
+def timings(*parts):
+    made = Timings([each for part in parts for each in part])
+    made.counts.draft_forwards = {"drafter": 1} if any(each.steps for each in made.rounds) else {}
+    return made
+
+
+def test_costs_are_in_the_autoregressive_steps_beside_them():
+    baseline = timings(rounds(1, 0.8, loop=0.2), rounds(1, 0.8, loop=0.2, unit=3.0))
+    quiet, busy = (rounds(5, 1.2, draft=0.8, loop=0.3, steps=4, unit=unit) for unit in (1.0, 3.0))
+    costs = costs_by_family({"fixed": timings(quiet, busy)}, baseline, 6)["fixed"]
     assert costs.c == {"drafter": pytest.approx(0.2)}
     assert costs.o == pytest.approx(0.3)
     assert costs.v == pytest.approx([0.8, 0.9, 1.0, 1.1, 1.2, 1.3])
 
 
 def test_what_a_draft_costs_however_short_belongs_to_the_round():
-    baseline = Timings(rounds(1, 1.0))
-    method = Timings([each for k in (1, 2, 4, 8) for each in rounds(k + 1, 1.0, draft=0.1 + 0.2 * k, steps=k)])
-    method.counts.draft_forwards = {"drafter": 600}
-    costs = costs_of(method, baseline, [1.0] * 9)
+    fixed = timings(*[rounds(k + 1, 1.0, draft=0.1 + 0.2 * k, steps=k) for k in (1, 2, 4, 8)])
+    costs = costs_by_family({"fixed": fixed}, timings(rounds(1, 1.0)), 9)["fixed"]
     assert costs.c == {"drafter": pytest.approx(0.2)} and costs.o == pytest.approx(0.1)
 
 
+def test_a_stopping_rule_never_makes_a_draft_step_cheaper():
+    parts = {
+        "fixed": timings(rounds(3, 1.0, draft=0.4, steps=2)),
+        "confidence": timings(rounds(3, 1.0, draft=0.3, steps=2)),
+        "head head": timings(rounds(3, 1.0, draft=0.6, steps=2)),
+    }
+    found = costs_by_family(parts, timings(rounds(1, 1.0)), 3)
+    assert {family: round(costs.c["drafter"], 6) for family, costs in found.items()} == {
+        "fixed": 0.2,
+        "confidence": 0.2,
+        "head head": 0.3,
+    }
+    assert len({costs.o for costs in found.values()}) == 1
+
+
 def test_a_round_that_waited_for_somebody_else_does_not_count():
-    slow = rounds(1, 30.0, count=1)
-    assert typical(rounds(1, 1.0, count=40) + slow) == rounds(1, 1.0, count=39)
+    calm, waited = rounds(5, 1.0, draft=0.4, steps=4), rounds(5, 50.0, draft=30.0, loop=9.0, steps=4, count=9)
+    baseline = timings(rounds(1, 1.0))
+    assert costs_by_family({"fixed": timings(calm, waited)}, baseline, 5) == costs_by_family(
+        {"fixed": timings(calm)}, baseline, 5
+    )
 
 
 def test_a_wider_forward_never_costs_less():
     assert rising_fit([1.0, 3.0, 2.0, 4.0], [1, 1, 3, 1]) == pytest.approx([1.0, 2.25, 2.25, 4.0])
     assert rising_fit([3.0, 2.0, 1.0], [1, 1, 1]) == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_instrumented_runs_take_turns_and_carry_their_unit(engines):
+    made = {AUTOREGRESSIVE: decoders(engines)["plain"], "Model(drafter, length=3)": decoders(engines)["fixed"]}
+    found = instrument_all(made, [[question] for question in questions(2)], engines)
+    units = [{each.unit for each in found[method].rounds} for method in made]
+    assert units[0] == units[1] and len(units[0]) == 2 and all(unit > 0 for unit in units[0])

@@ -119,7 +119,7 @@ def test_each_family_has_costs_of_its_own_and_all_share_the_targets():
         "confidence": 0.3,
         "head head": 0.4,
     }
-    assert found["head head"].o == pytest.approx(0.2)
+    assert found["head head"].o == found["fixed"].o == pytest.approx(0.1)
     assert all(costs.v == pytest.approx([1.0] * 4) for costs in found.values())
 
 
