@@ -202,8 +202,10 @@ class HeadConfig:
     """residual SiLU blocks before the output; 0 is a linear probe"""
     tied: bool = False
     """one set of weights for all blocks, as in the published code"""
-    features: list[Literal["log_q", "entropy", "step"]] = field(default_factory=lambda: ["log_q", "entropy"])
-    """inputs beside the state: log_q of the token, entropy of q, step within the round"""
+    features: list[Literal["log_q", "entropy", "step", "token"]] = field(
+        default_factory=lambda: ["log_q", "entropy", "token"]
+    )
+    """inputs beside the state: log_q of the token, entropy of q, step within the round, which token it is"""
     w_acc: float = at_least(0.0, 1.0)
     """weight of the loss on accepted tokens"""
     w_rej: float = at_least(0.0, 6.0)

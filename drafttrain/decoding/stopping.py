@@ -182,6 +182,7 @@ class Head(Protocol):
         state: "producing" (scored with the hidden state that produced the token, known at once) or "consumed" (the
             state after reading the token, the published form, known one draft forward later).
         features: which of "log_q", "entropy", "step" it reads besides the hidden state; the others are passed as None.
+            With "token" it is passed the tokens, too, as `tokens_B`.
     """
 
     state: str
@@ -225,6 +226,7 @@ class AcceptanceHeadRule(_Product):
             scored.log_q_B if "log_q" in reads else None,
             scored.entropy_B if "entropy" in reads else None,
             torch.full_like(scored.tokens_B, scored.number) if "step" in reads else None,
+            **({"tokens_B": scored.tokens_B} if "token" in reads else {}),
         )
         return self._exceeds(p_B)
 

@@ -110,13 +110,14 @@ def _score_row(head: AcceptanceHead, row: Mapping[str, Any], states: BranchState
     consumed = head.state == "consumed"
     hidden_TH = states.consumed_TH if consumed else states.producing_TH
     run_hidden_MRH = states.run_consumed_MRH if consumed else states.run_producing_MRH
-    values_TC = _score(head, hidden_TH, row["log_q"], row["entropy"])
-    run_values_NC = _score(head, run_hidden_MRH.flatten(0, 1), row["run_log_q"], row["run_entropy"])
+    values_TC = _score(head, hidden_TH, row["log_q"], row["entropy"], row["draft_ids"])
+    runs = (row["run_log_q"], row["run_entropy"], row["run_ids"])
+    run_values_NC = _score(head, run_hidden_MRH.flatten(0, 1), *runs)
     shape = (*np.shape(row["run_entropy"])[:2], _columns(head))  # states of no rejections do not know R
     return Scores(values_TC, run_values_NC.reshape(shape))
 
 
-def _score(head: AcceptanceHead, hidden_NH: Tensor, log_q: Any, entropy: Any) -> np.ndarray:
+def _score(head: AcceptanceHead, hidden_NH: Tensor, log_q: Any, entropy: Any, tokens: Any) -> np.ndarray:
     """Scores [N, C] of tokens with these states and features (any shape of N entries)."""
     count = len(hidden_NH)
     if count == 0:
@@ -124,5 +125,7 @@ def _score(head: AcceptanceHead, hidden_NH: Tensor, log_q: Any, entropy: Any) ->
     device = hidden_NH.device
     log_q_N = torch.tensor(np.ravel(log_q), dtype=torch.float32, device=device)
     entropy_N = torch.tensor(np.ravel(entropy), dtype=torch.float32, device=device)
+    tokens_N = torch.tensor(np.ravel(tokens), dtype=torch.long, device=device)
     steps = [torch.full((count,), float(step + 1), device=device) for step in range(_columns(head))]
-    return torch.stack([head.score(hidden_NH, log_q_N, entropy_N, step_N) for step_N in steps], 1).cpu().numpy()
+    scores = [head.score(hidden_NH, log_q_N, entropy_N, step_N, tokens_N) for step_N in steps]
+    return torch.stack(scores, 1).cpu().numpy()

@@ -7,7 +7,7 @@ threshold. The head never touches the output: it only decides when to ask the ta
 Which state is read is part of the head, saved with it:
 
 * `producing`: the state whose logits drew Y_i. Known at once, and it depends on the tokens before Y_i only; what it
-  cannot know of Y_i itself comes from the feature log q(Y_i).
+  cannot know of Y_i itself comes from the features log q(Y_i) and `token`, a few learned numbers a vocabulary entry.
 * `consumed`: the state after reading Y_i (the published form), known one drafter forward later.
 
 `depth` residual blocks x <- x + SiLU(W x + b), then one logit; depth 0 is a linear probe. The published code repeats
@@ -36,8 +36,9 @@ from drafttrain.models.fingerprint import Fingerprint
 
 # B drafted tokens (any batch), H hidden size of the drafter, F columns of scalar features
 
-FEATURES = ("log_q", "entropy", "step")
-_COLUMNS = 2  # columns that one feature becomes
+SCALARS = ("log_q", "entropy", "step")
+FEATURES = (*SCALARS, "token")
+_COLUMNS = 2  # columns that one scalar becomes
 _SMALLEST = 1.2e-7  # float32 resolution at 1: probabilities closer to 0 cannot be told from it
 MODEL_TYPE = "drafttrain_acceptance_head"
 
@@ -54,6 +55,8 @@ class AcceptanceHeadConfig:
         state, depth, tied, features: the network, see the module's docstring.
         w_acc, w_rej: loss weights that it was trained with; they distort P', `calibrated` undoes it.
         data, mixing: how training sequences were made; r of token mixing.
+        token_rank: columns that the feature `token` becomes: a projection of the drafter's input embedding.
+        embeddings: shape of those embeddings, (vocabulary, size); needed with that feature.
         sampling: decoding setting that the labels follow (temperature 0 is greedy).
         min_length, max_length, threshold: recommended limits of a round and h.
         calibrated: whether `score` inverts the loss weighting, so that it returns a probability that can be believed.
@@ -65,6 +68,8 @@ class AcceptanceHeadConfig:
     depth: int = 3
     tied: bool = False
     features: tuple[str, ...] = ("log_q", "entropy")
+    token_rank: int = 16
+    embeddings: tuple[int, int] | None = None
     w_acc: float = 1.0
     w_rej: float = 6.0
     data: str = "exact"
@@ -86,6 +91,7 @@ class AcceptanceHeadConfig:
             "state": (self.state in ("producing", "consumed"), "producing or consumed"),
             "data": (self.data in ("exact", "mixed", "rounds"), "exact, mixed or rounds"),
             "features": (not unknown, f"made of {', '.join(FEATURES)}"),
+            "embeddings": ("token" not in self.features or self.embeddings is not None, "given for the feature token"),
             "mixing": (0 <= self.mixing <= 1, "a probability"),
             "threshold": (0 <= self.threshold <= 1, "a probability"),
             "min_length": (1 <= self.min_length <= self.max_length, "between 1 and head.max_length"),
@@ -124,6 +130,7 @@ class AcceptanceHeadConfig:
             if values.get(model) is not None:
                 values[model] = Fingerprint.from_dict(values[model])
         values["features"] = tuple(values["features"])
+        values["embeddings"] = values.get("embeddings") and tuple(values["embeddings"])
         return cls(**values)
 
 
@@ -143,13 +150,17 @@ class AcceptanceHead(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(size, size) for _ in range(distinct))
         self.output = nn.Linear(size, 1)
         if config.features:
-            columns = _COLUMNS * len(config.features)
+            columns = sum(config.token_rank if name == "token" else _COLUMNS for name in config.features)
             # Features enter twice: into the blocks, to interact with the state, and straight into the logit, so that
             # a logistic regression on them alone is inside the family at any depth. Both start silent.
             self.feature_input = nn.Linear(columns, size, bias=False)
             self.feature_output = nn.Linear(columns, 1, bias=False)
             nn.init.zeros_(self.feature_input.weight)
             nn.init.zeros_(self.feature_output.weight)
+        if "token" in config.features:
+            vocabulary, width = config.embeddings
+            self.token_input = nn.Linear(width, config.token_rank, bias=False)
+            self.register_buffer("token_table", torch.zeros(vocabulary, config.token_rank))
         self._numpy: _NumpyWeights | None = None
         self.calibrated = config.calibrated
 
@@ -160,7 +171,7 @@ class AcceptanceHead(nn.Module):
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Which scalars `score` reads besides the state; the decoder computes no others."""
+        """What `score` reads besides the state; the decoder computes nothing else."""
         return self.config.features
 
     @property
@@ -179,19 +190,18 @@ class AcceptanceHead(nn.Module):
         log_q_B: Tensor | None = None,
         entropy_B: Tensor | None = None,
         step_B: Tensor | None = None,
+        embedding_BE: Tensor | None = None,
     ) -> Tensor:
-        """Logits of P' as trained, [B]; arguments as in `score`."""
-        x_BH = hidden_BH.to(self.output.weight.dtype)
-        columns_BF = None
-        if self.config.features:
-            columns_BF = torch.stack(self._columns(torch, (log_q_B, entropy_B, step_B)), dim=-1).to(x_BH.dtype)
-            x_BH = x_BH + self.feature_input(columns_BF)
-        for block in list(self.blocks) * (self.config.depth if self.config.tied else 1):
-            x_BH = x_BH + F.silu(block(x_BH))
-        logit_B1 = self.output(x_BH)
-        if columns_BF is not None:
-            logit_B1 = logit_B1 + self.feature_output(columns_BF)
-        return logit_B1.squeeze(-1)
+        """Logits of P' as trained, [B].
+
+        Args:
+            hidden_BH, log_q_B, entropy_B, step_B: as in `score`.
+            embedding_BE: the drafter's input embeddings of the drafted tokens, in place of the tokens themselves.
+        """
+        token_BF = None
+        if "token" in self.config.features:
+            token_BF = self.token_input(_given("token", embedding_BE).to(self.output.weight.dtype))
+        return self._logits(hidden_BH, (log_q_B, entropy_B, step_B), token_BF)
 
     @torch.no_grad()
     def score(
@@ -200,6 +210,7 @@ class AcceptanceHead(nn.Module):
         log_q_B: Tensor | None = None,
         entropy_B: Tensor | None = None,
         step_B: Tensor | None = None,
+        tokens_B: Tensor | None = None,
     ) -> Tensor:
         """Predicted acceptance P' of drafted tokens, computed in float32.
 
@@ -208,9 +219,10 @@ class AcceptanceHead(nn.Module):
 
         Args:
             hidden_BH: the drafter's last hidden state after its final norm; producing or consumed, as `config.state`.
-            log_q_B: log q(Y) in nats, needed when the head has that feature; likewise the two below.
+            log_q_B: log q(Y) in nats, needed when the head has that feature; likewise the others.
             entropy_B: entropy of the q that drew Y, in nats.
             step_B: place of Y in its round, from 1.
+            tokens_B: Y itself, int64.
 
         Returns:
             [B] float32 in (0, 1); with `calibrated` the loss weighting is inverted.
@@ -218,11 +230,40 @@ class AcceptanceHead(nn.Module):
         Raises:
             ValueError: a feature that the head reads was not given.
         """
-        if hidden_BH.device.type != "cpu":
-            return torch.sigmoid(self(hidden_BH, log_q_B, entropy_B, step_B).float() + self._shift)
-        return self._score_on_cpu(hidden_BH, (log_q_B, entropy_B, step_B))
+        scalars = (log_q_B, entropy_B, step_B)
+        if hidden_BH.device.type == "cpu":
+            return self._score_on_cpu(hidden_BH, scalars, tokens_B)
+        token_BF = self.token_table[_given("token", tokens_B)] if "token" in self.config.features else None
+        return torch.sigmoid(self._logits(hidden_BH, scalars, token_BF).float() + self._shift)
 
-    def _score_on_cpu(self, hidden_BH: Tensor, features: Sequence[Tensor | None]) -> Tensor:
+    def settle(self, embeddings_VE: Tensor) -> AcceptanceHead:
+        """Make the head ready to score without the drafter: look the feature `token` up in a table from now on.
+
+        Args:
+            embeddings_VE: the drafter's input embeddings.
+        """
+        if "token" in self.config.features:
+            weight = self.token_input.weight
+            with torch.no_grad():
+                self.token_table.copy_(embeddings_VE.to(weight.device, weight.dtype) @ weight.T)
+        return self
+
+    def _logits(self, hidden_BH: Tensor, scalars: Sequence[Tensor | None], token_BF: Tensor | None) -> Tensor:
+        x_BH = hidden_BH.to(self.output.weight.dtype)
+        columns = self._columns(torch, scalars)
+        columns_BF = torch.stack(columns, dim=-1).to(x_BH.dtype) if columns else None
+        if token_BF is not None:
+            columns_BF = token_BF if columns_BF is None else torch.cat([columns_BF, token_BF], dim=-1)
+        if columns_BF is not None:
+            x_BH = x_BH + self.feature_input(columns_BF)
+        for block in list(self.blocks) * (self.config.depth if self.config.tied else 1):
+            x_BH = x_BH + F.silu(block(x_BH))
+        logit_B1 = self.output(x_BH)
+        if columns_BF is not None:
+            logit_B1 = logit_B1 + self.feature_output(columns_BF)
+        return logit_B1.squeeze(-1)
+
+    def _score_on_cpu(self, hidden_BH: Tensor, scalars: Sequence[Tensor | None], tokens_B: Tensor | None) -> Tensor:
         weights = self._numpy or self._numpy_weights()
         x_BH = hidden_BH.float().numpy()
         single = len(x_BH) == 1
@@ -230,8 +271,12 @@ class AcceptanceHead(nn.Module):
             x_BH = x_BH[0]  # a vector times a matrix is quicker than a matrix of one row
         logit_B = weights.output_bias + self._shift
         if self.config.features:
-            given = [None if value is None else value.float().numpy() for value in features]
-            columns_BF = np.array(self._columns(np, given)).T
+            given = [None if value is None else value.float().numpy() for value in scalars]
+            columns = self._columns(np, given)
+            columns_BF = np.array(columns, dtype=np.float32).reshape(len(columns), len(hidden_BH)).T
+            if weights.token_table is not None:
+                token_BF = weights.token_table[_given("token", tokens_B).numpy()]
+                columns_BF = np.concatenate([columns_BF, token_BF], axis=1)
             if single:
                 columns_BF = columns_BF[0]
             x_BH = x_BH + columns_BF @ weights.feature_input
@@ -241,16 +286,17 @@ class AcceptanceHead(nn.Module):
             x_BH = x_BH + z_BH * _sigmoid(z_BH)
         return torch.from_numpy(np.asarray(_sigmoid(x_BH @ weights.output + logit_B), np.float32).reshape(-1))
 
-    def _columns(self, library: Any, features: Sequence[Any]) -> list[Any]:
+    def _columns(self, library: Any, scalars: Sequence[Any]) -> list[Any]:
         """Scalar features as columns of order one, computed by `library` (torch or NumPy)."""
         columns: list[Any] = []
-        for name, value in zip(FEATURES, features, strict=True):
-            if name not in self.config.features:
-                continue
-            if value is None:
-                raise ValueError(f"this head reads {name}, which was not given")
-            columns += _COLUMN_MAKERS[name](library, value)
+        for name, value in zip(SCALARS, scalars, strict=True):
+            if name in self.config.features:
+                columns += _COLUMN_MAKERS[name](library, _given(name, value))
         return columns
+
+    def scalar_columns(self, scalars: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The columns that the head makes of log q, entropy and step, those that it reads, in this order."""
+        return self._columns(np, scalars)
 
     def _numpy_weights(self) -> _NumpyWeights:
         """Views of float32 parameters (they see every optimizer step), transposed for `x @ weight`."""
@@ -262,6 +308,7 @@ class AcceptanceHead(nn.Module):
             output_bias=named["output.bias"],
             feature_input=named["feature_input.weight"].T if self.config.features else None,
             feature_output=named["feature_output.weight"][0] if self.config.features else None,
+            token_table=self.token_table.float().numpy() if "token" in self.config.features else None,
         )
         return self._numpy
 
@@ -342,6 +389,13 @@ class _NumpyWeights:
     output_bias: np.ndarray
     feature_input: np.ndarray | None
     feature_output: np.ndarray | None
+    token_table: np.ndarray | None
+
+
+def _given(name: str, value: Any) -> Any:
+    if value is None:
+        raise ValueError(f"this head reads {name}, which was not given")
+    return value
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -153,11 +153,13 @@ class Examples:
     Attributes:
         tokens_T: what the drafter reads after the prompt: X, or Z when mixed.
         index_N: where each example's state lies in the flat layout.
+        drafted_N: the drafted tokens, int64.
         log_q_N, entropy_N, step_N, label_N: features and labels, float32.
     """
 
     tokens_T: Tensor
     index_N: Tensor
+    drafted_N: Tensor
     log_q_N: Tensor
     entropy_N: Tensor
     step_N: Tensor
@@ -177,6 +179,7 @@ def make_examples(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: 
     return Examples(
         tokens_T=tokens_T,
         index_N=index_N,
+        drafted_N=trace.draft_T[index_N],
         log_q_N=trace.log_q_T[index_N],
         entropy_N=trace.entropy_T[index_N],
         step_N=step_T[index_N],
@@ -220,6 +223,7 @@ def _rounds(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: int) -
     return Examples(
         tokens_T=trace.response_T,
         index_N=index_N,
+        drafted_N=torch.cat([trace.draft_T, trace.run_ids_MR.flatten()])[index_N],
         log_q_N=torch.cat([trace.log_q_T, trace.run_log_q_MR.flatten()])[index_N],
         entropy_N=torch.cat([trace.entropy_T, run_entropy_MR.flatten()])[index_N],
         step_N=torch.tensor(step, dtype=torch.float32),
@@ -283,8 +287,8 @@ def collate(items: Sequence[tuple[int, Trace, Examples] | None]) -> dict[str, An
     """A batch: examples of all responses one after the other, nothing padded.
 
     Returns:
-        log_q, entropy, step, labels: float32 [N]; wanted: (row, trace, examples) of each response, from which the
-        states are looked up or computed.
+        log_q, entropy, step, labels: float32 [N]; drafted: int64 [N]; wanted: (row, trace, examples) of each
+        response, from which the states are looked up or computed.
     """
     present = [item for item in items if item is not None]
     columns = {"log_q": "log_q_N", "entropy": "entropy_N", "step": "step_N", "labels": "label_N"}
@@ -293,14 +297,17 @@ def collate(items: Sequence[tuple[int, Trace, Examples] | None]) -> dict[str, An
         name: torch.cat([empty, *(getattr(examples, attribute) for _, _, examples in present)])
         for name, attribute in columns.items()
     }
-    return {**batch, "wanted": present}
+    drafted_N = torch.cat([empty.long(), *(examples.drafted_N for _, _, examples in present)])
+    return {**batch, "drafted": drafted_N, "wanted": present}
 
 
-def features_and_labels(dataset: HeadDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log q, entropy and label of every drafted token of the records, for baselines: float64 [N] each."""
+def features_and_labels(dataset: HeadDataset, most: int = 1_000_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log q, entropy and label of drafted tokens, for baselines: float64 [N] each, evenly thinned to about `most`."""
     traces = [dataset.trace(row) for row in range(len(dataset.records))]
     names = ("log_q_T", "entropy_T", "label_T")
-    return tuple(torch.cat([getattr(trace, name) for trace in traces]).double().numpy() for name in names)
+    columns = [torch.cat([getattr(trace, name) for trace in traces]).double().numpy() for name in names]
+    every = -(-len(columns[0]) // most)
+    return tuple(column[:: max(every, 1)] for column in columns)
 
 
 def _floats(values: Any) -> Tensor:

@@ -105,8 +105,10 @@ def head_config(
     given = {name: value for name, value in dataclasses.asdict(settings).items() if name in shared}
     given["features"] = tuple(settings.features)
     given["mixing"] = settings.mixing if settings.data == "mixed" else 0.0
+    embeddings_VE = drafter.model.get_input_embeddings().weight
     return AcceptanceHeadConfig(
         hidden_size=drafter.model.config.get_text_config().hidden_size,
+        embeddings=tuple(embeddings_VE.shape) if "token" in settings.features else None,
         **given,
         sampling=manifest["sampling"],
         target=target,
@@ -133,7 +135,7 @@ def train_head(parsed: Parsed) -> None:
     _clear_unless_same(inputs.work, inputs.key)
     trainer, stores = make_trainer(parsed.recipe, inputs, parsed.accept_new_target)
     trainer.train(resume_from_checkpoint=last_checkpoint(inputs.work))
-    head = trainer.trained_head()
+    head = trainer.trained_head().settle(inputs.drafter.model.get_input_embeddings().weight.cpu())
     metrics = judge(trainer)
     if is_main():
         save_head(head, metrics, parsed, inputs)
@@ -152,11 +154,15 @@ def make_trainer(
     from drafttrain.training import calibration
     from drafttrain.training.head_data import features_and_labels
     from drafttrain.training.head_trainer import HeadTrainer, HeldOut
+    from drafttrain.training.warm_start import warm_start
 
     arguments = head_arguments(recipe, inputs)
     set_seed(recipe.seed)
-    head = start_head(recipe.head, inputs.config, accept_new_target)
     train = HeadDataset(inputs.train, inputs.layout, inputs.config, recipe.seed, global_batch(arguments))
+    known = features_and_labels(train)
+    head = start_head(recipe.head, inputs.config, accept_new_target)
+    if recipe.head.init_from is None:
+        warm_start(head, *known)
     exact = dataclasses.replace(inputs.config, data="exact", mixing=0.0)
     tune = HeadDataset(inputs.tune, inputs.layout, exact, recipe.seed, shuffle=False)
     train_states, stores = _states("train", train, inputs)
@@ -164,8 +170,7 @@ def make_trainer(
     if len(inputs.tune):
         tune_states, tune_stores = _states("tune", tune, inputs)
         stores += tune_stores
-        baselines = calibration.Baselines(*features_and_labels(train))
-        held_out = HeldOut(tune, tune_states, baselines)
+        held_out = HeldOut(tune, tune_states, calibration.Baselines(*known))
     return HeadTrainer(head, arguments, train, train_states, held_out), stores
 
 
@@ -197,7 +202,7 @@ def start_head(settings: HeadConfig, config: AcceptanceHeadConfig, accept_new_ta
         return head
     pair = {"target": config.target, "drafter": config.drafter, "accept_new_target": accept_new_target}
     earlier = AcceptanceHead.load(settings.init_from, **pair)
-    for name in ("hidden_size", "state", "depth", "tied", "features"):
+    for name in ("hidden_size", "state", "depth", "tied", "features", "token_rank"):
         old, new = getattr(earlier.config, name), getattr(config, name)
         if old != new:
             raise UserError(f"head.init_from {settings.init_from} has {name} {old}, the recipe {new}; make them agree.")

@@ -47,6 +47,11 @@ class DrafterStates:
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.dtype: torch.dtype = model.dtype
 
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """The drafter's input embeddings of tokens: [N, E], on the device of `tokens_N`."""
+        weight_VE = self.model.get_input_embeddings().weight
+        return weight_VE[tokens_N.to(weight_VE.device)].to(tokens_N.device)
+
     def __call__(self, wanted: Sequence[Wanted]) -> Tensor:
         """States of the examples of some responses, one after the other: [N, H], on the drafter's device."""
         device = self.model.get_input_embeddings().weight.device
@@ -138,6 +143,10 @@ class StateStore:
         """Whether a file of `size` bytes leaves room on the disk of `folder`."""
         return size <= _SHARE_OF_DISK * shutil.disk_usage(folder).free
 
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """As `DrafterStates.embed`."""
+        return self._states.embed(tokens_N)
+
     def __call__(self, wanted: Sequence[Wanted]) -> Tensor:
         """As `DrafterStates.__call__`, on the CPU."""
         rows = [self._starts[row] + examples.index_N for row, _, examples in wanted]
@@ -194,7 +203,7 @@ def flat_length(trace: Trace, config: AcceptanceHeadConfig) -> int:
 def _whole(trace: Trace) -> Examples:
     """Stands for a response without choosing examples; only its tokens are looked at."""
     none = torch.zeros(0)
-    return Examples(trace.response_T, none.long(), none, none, none, none)
+    return Examples(trace.response_T, none.long(), none.long(), none, none, none, none)
 
 
 def _runs(trace: Trace) -> list[int]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,13 +33,23 @@ from drafttrain.training.head_states import Wanted
 
 # N drafted tokens, H hidden
 
-States = Callable[[Sequence[Wanted]], Tensor]
-"""Looks up or computes the states of examples: `DrafterStates` or `StateStore`."""
+
+class States(Protocol):
+    """Looks up or computes the states of examples: `DrafterStates` or `StateStore`."""
+
+    def __call__(self, wanted: Sequence[Wanted]) -> Tensor:
+        """States [N, H] of the examples of some responses."""
+        ...
+
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """The drafter's input embeddings of tokens, [N, E]; only heads with the feature `token` ask."""
+        ...
+
 
 DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 16,
-    "learning_rate": 1e-3,
-    "num_train_epochs": 6,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 2e-3,
+    "num_train_epochs": 8,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,
     "weight_decay": 0.01,
@@ -60,8 +70,22 @@ FIXED: dict[str, Any] = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
     "dataloader_num_workers": 0,
+    "ddp_broadcast_buffers": False,  # the table of the feature `token` is filled in only when training is over
     "label_names": ["labels"],
 }
+
+
+def head_logits(model: nn.Module, states: States, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+    """The head's logits [N] for a collated batch."""
+    hidden_NH = states(batch["wanted"]).to(device)
+    scalars = [batch[name].to(device) for name in ("log_q", "entropy", "step")]
+    embedding_NE = states.embed(batch["drafted"]).to(device) if reads_tokens(model) else None
+    return model(hidden_NH, *scalars, embedding_NE)
+
+
+def reads_tokens(model: nn.Module) -> bool:
+    """Whether a head, wrapped or not, has the feature `token`."""
+    return any(name.endswith("token_input.weight") for name, _ in model.named_parameters())
 
 
 def weighted_loss(logit_N: Tensor, label_N: Tensor, w_acc: float, w_rej: float) -> Tensor:
@@ -104,9 +128,8 @@ class HeldOut:
             mine = first + rank()
             rows = range(starts[mine], min(starts[mine] + batch, len(self.dataset))) if mine < len(starts) else ()
             items = collate([self.dataset[row] for row in rows])
-            inputs = {name: items[name].to(device) for name in ("log_q", "entropy", "step")}
             with torch.no_grad():
-                logit_N = model(self.states(items["wanted"]).to(device), *inputs.values())
+                logit_N = head_logits(model, self.states, items, device)
             columns = {"predicted": torch.sigmoid(logit_N.float())}
             columns |= {"log_q": items["log_q"], "entropy": items["entropy"], "label": items["labels"]}
             parts.append((mine, {name: value.double().cpu().numpy() for name, value in columns.items()}))
@@ -189,8 +212,7 @@ class HeadTrainer(Trainer):
         Raises:
             UserError: it is not a number; nothing was updated yet.
         """
-        hidden_NH = self._states(inputs["wanted"]).to(self.args.device)
-        logit_N = model(hidden_NH, inputs["log_q"], inputs["entropy"], inputs["step"])
+        logit_N = head_logits(model, self._states, inputs, self.args.device)
         summed = weighted_loss(logit_N, inputs["labels"], *self._weights)
         # Gradients are averaged over processes, but the denominator is global already.
         loss = summed / num_items_in_batch.clamp_min(1e-9).to(summed.dtype) * self.accelerator.num_processes

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from drafttrain.errors import UserError
-from drafttrain.models.acceptance_head import FEATURES, AcceptanceHead, AcceptanceHeadConfig, load_config
+from drafttrain.models.acceptance_head import FEATURES, SCALARS, AcceptanceHead, AcceptanceHeadConfig, load_config
 from drafttrain.models.fingerprint import Fingerprint
 from drafttrain.training.calibration import invert_loss_weight
 
@@ -69,7 +69,7 @@ def test_depth_zero_is_a_linear_probe():
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("features", [(), ("log_q",), ("step",), FEATURES])
+@pytest.mark.parametrize("features", [(), ("log_q",), ("step",), SCALARS])
 @pytest.mark.parametrize("tied", [False, True])
 def test_scoring_equals_the_training_forward(rows, depth, features, tied):
     head = make(depth=depth, features=features, tied=tied)
@@ -111,7 +111,7 @@ def test_calibrated_scores_invert_the_loss_weight():
 
 
 def test_certain_and_impossible_tokens_have_finite_scores():
-    head = make(features=FEATURES)
+    head = make(features=SCALARS)
     hidden = inputs(4)[0]
     log_q = torch.tensor([0.0, -1e-9, -80.0, -math.inf])
     entropy = torch.tensor([0.0, 1e-30, 5.0, 0.0])
@@ -137,6 +137,18 @@ def test_confident_tokens_stay_apart():
     assert (scores.diff() > 0.02).all()
 
 
+@pytest.mark.parametrize("features", [("token",), ("log_q", "token"), FEATURES])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_settled_head_scores_tokens_as_it_was_trained_on_their_embeddings(features, rows):
+    head = make(features=features, embeddings=(11, 5), token_rank=3)
+    embeddings = 0.3 * torch.randn(11, 5, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([7, 0, 10, 7])[:rows]
+    trained = torch.sigmoid(head(*inputs(rows), embeddings[tokens]))
+    head.settle(embeddings)
+    assert torch.allclose(head.score(*inputs(rows), tokens), trained, atol=1e-6)
+    assert not torch.equal(head.score(*inputs(rows), (tokens + 1) % 11), head.score(*inputs(rows), tokens))
+
+
 def test_a_missing_feature_is_named():
     head = make(features=("log_q", "entropy"))
     hidden, log_q, _, _ = inputs()
@@ -144,12 +156,14 @@ def test_a_missing_feature_is_named():
         head.score(hidden, log_q)
     with pytest.raises(ValueError, match="log_q"):
         head(hidden)
+    with pytest.raises(ValueError, match="token"):
+        make(features=("token",), embeddings=(3, 2)).score(hidden)
 
 
 def test_no_rows_still_give_gradients_of_zero():
-    head = make(depth=2, features=FEATURES)
+    head = make(depth=2, features=FEATURES, embeddings=(3, 2))
     empty = torch.empty(0)
-    head(torch.empty(0, 8), empty, empty, empty).sum().backward()
+    head(torch.empty(0, 8), empty, empty, empty, torch.empty(0, 2)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
 
@@ -169,6 +183,7 @@ def test_features_have_one_order_whatever_the_recipe_says():
         ({"min_length": 9, "max_length": 4}, "min_length"),
         ({"mixing": -0.1}, "mixing"),
         ({"state": "producing", "data": "mixed"}, "consumed"),
+        ({"features": ("token",)}, "embeddings"),
     ],
 )
 def test_impossible_settings_are_refused(settings, named):
@@ -194,6 +209,15 @@ def test_a_saved_head_scores_the_same(tmp_path, settings):
     assert torch.equal(loaded.score(*inputs()), head.score(*inputs()))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not loaded.training
+
+
+def test_a_saved_head_knows_tokens_without_the_drafter(tmp_path):
+    head = make(features=("log_q", "token"), embeddings=(11, 5)).settle(torch.randn(11, 5))
+    head.save_pretrained(tmp_path)
+    tokens = torch.tensor([3, 1, 4, 1, 5])
+    loaded = AcceptanceHead.load(tmp_path)
+    assert loaded.config == head.config
+    assert torch.equal(loaded.score(*inputs(), tokens), head.score(*inputs(), tokens))
 
 
 def test_a_calibrated_head_is_calibrated_when_loaded(tmp_path):

@@ -74,8 +74,8 @@ def parsed(run, *more, **head):
 
 def launch(*command, cwd, check=True):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
-    environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT) if "-m" in command else ""}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    environment |= {"PYTHONPATH": str(ROOT) if "-m" in command else ""}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0 or not check, done.stderr[-3000:]
     return done
 
@@ -270,12 +270,12 @@ def test_deepspeed_trains_the_same_head(run, tmp_path):
     zero |= {"gradient_accumulation_steps": "auto"}
     settings = tmp_path / "zero2.json"
     settings.write_text(json.dumps(zero))
-    plain = {**ARGUMENTS, "learning_rate": 0.01, "optim": "adamw_torch"}
+    plain = {**ARGUMENTS, "optim": "adamw_torch"}
     two = Path(shutil.copytree(run, tmp_path / "two"))
     train(run, arguments={**plain, "per_device_train_batch_size": 8})
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29613"]
     launch(*command, str(PROGRAM), *flags(two, arguments={**plain, "deepspeed": str(settings)}), cwd=tmp_path)
-    assert_close(weights(two), weights(run), atol=2e-4)
+    assert_close(weights(two), weights(run), atol=1e-6)
 
 
 def saved_steps(work):
