@@ -29,7 +29,7 @@ COLUMNS = ("prompt_id", "split", "turn", "prompt_ids", "response_ids")
 
 Row = dict[str, Any]
 
-EMPTY: Row = {"input_ids": [0], "prompt_length": 1, "sample_id": -1}
+EMPTY: Row = {"input_ids": [0], "prompt_length": 1, "sample_id": -1, "row": -1}
 """A row that trains nothing: it fills the last batch, and the batches of ranks that have no rows left."""
 
 WINDOW = 8
@@ -47,6 +47,7 @@ class ResponseDataset(Dataset):
         dropped: rows without a token to train: empty, or with a prompt of `max_length` tokens or more.
         tokens: tokens trained in one pass.
         lengths: length of each sequence, in tokens.
+        trained: how many of its last tokens are trained.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] | Records, max_length: int) -> None:
@@ -58,7 +59,8 @@ class ResponseDataset(Dataset):
         ]
         self._kept = [row for row, tokens in enumerate(trained) if tokens > 0]
         self.dropped = len(trained) - len(self._kept)
-        self.tokens = sum(trained[row] for row in self._kept)
+        self.trained = [trained[row] for row in self._kept]
+        self.tokens = sum(self.trained)
         self.lengths = [min(max_length, prompts[row] + responses[row]) for row in self._kept]
 
     def __len__(self) -> int:
@@ -71,6 +73,7 @@ class ResponseDataset(Dataset):
             "input_ids": (prompt + response)[: self.max_length],
             "prompt_length": len(prompt),
             "sample_id": _sample_id(row, self._kept[index]),
+            "row": index,
         }
 
     def select(self, count: int) -> list[Row]:
@@ -132,7 +135,7 @@ class Collator:
 
         Returns:
             input_ids, attention_mask, labels (-100 on prompt and padding), all int64 [B, T]; weights float32 [B, T],
-            1 on the tokens that are trained; prompt_length and sample_id int64 [B].
+            1 on the tokens that are trained; prompt_length, sample_id and row (in its data set) int64 [B].
         """
         width = max(len(row["input_ids"]) for row in rows)
         ids_BT = torch.full((len(rows), width), self.pad_id)
@@ -149,8 +152,7 @@ class Collator:
             "attention_mask": mask_BT,
             "labels": labels_BT,
             "weights": (labels_BT != IGNORED).float(),
-            "prompt_length": torch.tensor([row["prompt_length"] for row in rows]),
-            "sample_id": torch.tensor([row["sample_id"] for row in rows]),
+            **{name: torch.tensor([row[name] for row in rows]) for name in ("prompt_length", "sample_id", "row")},
         }
 
 

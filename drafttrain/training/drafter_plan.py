@@ -90,7 +90,7 @@ def plan(parsed: Parsed) -> None:
         *_data(data, held_out),
         *_work(parsed, shapes, arguments, data),
         *_memory(parsed, shapes, arguments, data, stage),
-        _disk(run.path, shapes, arguments),
+        _disk(run.path, shapes, arguments, data),
         _time(shapes, arguments, data),
     ):
         say(line)
@@ -191,11 +191,14 @@ def _activation(config: object, arguments: TrainingArguments) -> float:
     return size * config.num_hidden_layers * inside
 
 
-def _disk(run: Path, shapes: Shapes, arguments: TrainingArguments) -> str:
+def _disk(run: Path, shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> str:
     checkpoints = (arguments.save_total_limit or 2) + 1
     needed = checkpoints * 12 * _count(shapes.drafter, trainable=True) + 4 * _count(shapes.drafter)
     require_space(run, needed, "the drafter and its checkpoints")
-    return f"disk: {_gigabytes(needed)} at most, most of it for checkpoints that are deleted at the end"
+    width = shapes.target.model.config.get_text_config().hidden_size
+    states = data.tokens * width * math.ceil(shapes.target_bytes) if arguments.num_train_epochs > 1 else 0
+    more = f", and {_gigabytes(states)} for the target's states, if there is room" if states else ""
+    return f"disk: {_gigabytes(needed)} at most while training, most of it for checkpoints{more}"
 
 
 def _time(shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> str:
@@ -204,8 +207,9 @@ def _time(shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -
     target, drafter = (
         inner(model).get_output_embeddings().weight.numel() for model in (shapes.target.model, shapes.drafter)
     )
-    body = 2 * (_count(shapes.target.model) - target) + 6 * (_count(shapes.drafter) - drafter)
-    operations = share * (sum(data.lengths) * body + data.tokens * (2 * target + 6 * drafter))
+    reads, tokens = min(share, 1.0), sum(data.lengths)  # the target's states are stored when they are needed again
+    operations = 2 * (_count(shapes.target.model) - target) * reads * tokens + 2 * target * share * data.tokens
+    operations += 6 * share * ((_count(shapes.drafter) - drafter) * tokens + drafter * data.tokens)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     speed = matrix_speed(torch.bfloat16 if arguments.bf16 else torch.float32)
     minutes = operations / (world * EFFICIENCY * speed) / 60

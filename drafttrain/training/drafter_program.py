@@ -90,6 +90,7 @@ def train_drafter(parsed: Parsed) -> None:
     _clear_unless_same(folder, f"{inputs.key} {global_batch(arguments)} {world_size()}")
     checkpoint = last_checkpoint(folder)
     trainer = make_trainer(parsed.recipe, inputs, arguments, run.path, checkpoint)
+    store_states(trainer, inputs, folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     drafter = trainer.trained()
     if is_main():
@@ -245,6 +246,23 @@ def make_trainer(
         held_out,
         resumed=int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,
     )
+
+
+def store_states(trainer: DrafterTrainer, inputs: Inputs, folder: Path) -> None:
+    """Compute the target's states once where they are read more than once and fit on the disk; all ranks call it."""
+    from drafttrain.training.target_states import TargetStates
+
+    passes, target = trainer.args.num_train_epochs, trainer.target
+    if passes <= 1 or target.sharded:
+        return
+    needed = TargetStates.bytes_needed(target, inputs.train)
+    path = folder / "target-states.bin"
+    if not path.exists() and not TargetStates.fits(folder, needed):
+        say(
+            f"the target's states ({needed / 2**30:.1f} GiB) do not fit on the disk of {folder}: it runs in every pass."
+        )
+        return
+    trainer.states = TargetStates(path, target, inputs.train, trainer.data_collator, inputs.key)
 
 
 def _held_out(training: TrainingConfig, inputs: Inputs) -> HeldOut | None:

@@ -30,6 +30,7 @@ from drafttrain.training.held_out import HISTORY, HeldOut, TauHistory
 from drafttrain.training.losses import Loss
 from drafttrain.training.on_policy import OnPolicy
 from drafttrain.training.sharding import FrozenTarget, Replica
+from drafttrain.training.target_states import TargetStates
 
 COMPLETE = "complete"
 """File that a checkpoint gets last, when every process has written its part."""
@@ -93,6 +94,9 @@ class DrafterTrainer(Trainer):
         run: folder that gets `tau_history.json`.
         held_out: measured while training; None never.
         resumed: optimizer steps already done.
+
+    Attributes:
+        states: the target's states, when they are stored; else the target runs in every step.
     """
 
     loss_is_scaled_for_ga = True
@@ -116,6 +120,7 @@ class DrafterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over all accumulation steps
         self.replica, self.target = replica, FrozenTarget(target, self.accelerator)
         self.distillation, self.held_out = distillation, held_out
+        self.states: TargetStates | None = None
         self.history = TauHistory(run / HISTORY, resumed)
         self._sums = torch.zeros(2, dtype=torch.float64)  # expected acceptance and weights since the last log
         if held_out is not None and distillation.evaluations:
@@ -158,7 +163,7 @@ class DrafterTrainer(Trainer):
         Raises:
             UserError: it is not a number; nothing was updated with it.
         """
-        sums = self._teach(model, inputs)
+        sums = self._teach(model, inputs, self.states if "row" in inputs else None)
         if not math.isfinite(sums["loss"].item()):
             raise UserError(
                 f"the loss is {sums['loss'].item()} at step {self.state.global_step}; lower "
@@ -168,12 +173,17 @@ class DrafterTrainer(Trainer):
         # Gradients are averaged over processes, but the denominator is global already.
         return sums["loss"] * (self.accelerator.num_processes / num_items_in_batch.clamp_min(1.0).item())
 
-    def _teach(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _teach(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], states: TargetStates | None = None
+    ) -> dict[str, Tensor]:
         """Weighted sums of loss and expected acceptance over the trained tokens of a batch, maybe none."""
         ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
         weights_BT, labels_BT = _shifted(inputs["weights"], 0.0), _shifted(inputs["labels"], -100)
         selected_BT = weights_BT > 0
-        hidden_NH = self.target.hidden(ids_BT, mask_BT)[selected_BT]
+        if states is None:
+            hidden_NH = self.target.hidden(ids_BT, mask_BT)[selected_BT]
+        else:
+            hidden_NH = states(inputs["row"].tolist()).to(ids_BT.device)
         with self.target.head(ids_BT.device) as head:
             lesson = Lesson(
                 selected_BT=selected_BT,

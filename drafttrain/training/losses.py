@@ -99,7 +99,7 @@ def cross_entropy(log_p_NV: Tensor, log_q_NV: Tensor, labels_N: Tensor) -> Tenso
 
 def expected_acceptance(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     """sum_x min(p(x), q(x)): the probability that speculative sampling keeps a drafted token, [N] in [0, 1]."""
-    return torch.minimum(log_p_NV, log_q_NV).exp().sum(-1)
+    return torch.minimum(log_p_NV, log_q_NV).exp_().sum(-1)
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

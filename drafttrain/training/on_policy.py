@@ -62,7 +62,7 @@ class OnPolicy:
             step: optimizer steps done, which keys the draws.
 
         Returns:
-            a batch of the same kind; only what the drafter wrote has weight, and nothing has a label.
+            a batch of the same kind without `row`; only what the drafter wrote has weight, and nothing has a label.
         """
         prefixes = self.prefixes(batch, step)
         decoder = Decoder(
@@ -70,13 +70,14 @@ class OnPolicy:
         )
         written = decoder.generate(prefixes, self.tokens, batch["sample_id"].tolist())
         rows = [
-            {"input_ids": prefix + done.token_ids, "prompt_length": len(prefix), "sample_id": sample}
+            {"input_ids": prefix + done.token_ids, "prompt_length": len(prefix), "sample_id": sample, "row": -1}
             for prefix, done, sample in zip(prefixes, written, batch["sample_id"].tolist(), strict=True)
         ]
         width = max(map(len, prefixes)) + self.tokens
         made = _padded(Collator(self.pad_id)(rows), width, self.pad_id)
         made["labels"].fill_(IGNORED)
         made["weights"][made["sample_id"] < 0] = 0.0  # empty rows stay empty
+        del made["row"]  # nobody has seen this text before
         return made
 
     def prefixes(self, batch: dict[str, Tensor], step: int) -> list[list[int]]:
