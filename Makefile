@@ -4,14 +4,18 @@ PYTHON ?= python3
 RUN ?= runs/quickstart
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format environment clean
+.PHONY: quickstart test test-slow lint format environment clean
 
 quickstart: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" recipes/quickstart.sh $(RUN)
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --durations=15 -m 'not slow'
+
+# Launchers with several processes, kills and resumes, DeepSpeed: what takes minutes rather than milliseconds.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -q --durations=15 -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
