@@ -54,7 +54,7 @@ FLOAT64_QUESTIONS = 3
 FLOAT64_TOKENS = 48
 """The float64 check: a few answers of this many tokens at most, all methods together in one batch each."""
 
-CALIBRATION_QUESTIONS = 8
+CALIBRATION_QUESTIONS = 6
 """Tuning questions that costs are measured on."""
 
 SPEED_CHECK_QUESTIONS = 6

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -146,15 +146,19 @@ def instrument(decoder: Decoder, groups: Sequence[Sequence[Question]], engines: 
     return watch.timings
 
 
+_WARM_TOKENS = 8
+
+
 def instrument_all(
     decoders: Mapping[str, Decoder], groups: Sequence[Sequence[Question]], engines: Sequence[Engine]
 ) -> dict[str, Timings]:
-    """Instrumented runs of several methods, batch by batch in turn, after one of each that does not count.
+    """Instrumented runs of several methods, batch by batch in turn, after a short one of each that does not count.
 
     The autoregressive method, where it is among them, gives every batch its unit.
     """
     timings = {method: Timings() for method in decoders}
-    for number, group in enumerate([groups[0], *groups]):
+    short = [replace(question, limit=min(question.limit, _WARM_TOKENS)) for question in groups[0]]
+    for number, group in enumerate([short, *groups]):
         found = {method: instrument(decoder, [group], engines) for method, decoder in decoders.items()}
         steps = [each.total for each in found[AUTOREGRESSIVE].rounds] if AUTOREGRESSIVE in found else [1.0]
         for method, own in found.items():

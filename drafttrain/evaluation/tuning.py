@@ -27,10 +27,10 @@ from drafttrain.run_folder import RunFolder
 
 Row = Mapping[str, Any]
 
-CALIBRATION_TOKENS = 64
+CALIBRATION_TOKENS = 48
 """New tokens of an instrumented run: enough rounds for a mean."""
 
-_LENGTHS = (1, 2, 4, 8)
+_LENGTHS = (2, 6)
 
 
 @dataclass(frozen=True)
