@@ -213,14 +213,18 @@ def test_the_plan_shows_an_example_and_touches_nothing(run, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["file", "module"])
+@pytest.mark.parametrize("how", ["file", "module", "accelerate"])
 def test_it_runs_from_another_folder(run, tmp_path, how):
     train(run)
     expected = weights(run)
     shutil.rmtree(run / "head")
     shutil.rmtree(run / "head-training")
-    program = [str(PROGRAM)] if how == "file" else ["-m", "drafttrain.train_head"]
-    launch(sys.executable, *program, *flags(run), cwd=tmp_path)
+    program = {
+        "file": [str(PROGRAM)],
+        "module": ["-m", "drafttrain.train_head"],
+        "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", str(PROGRAM)],
+    }
+    launch(sys.executable, *program[how], *flags(run), cwd=tmp_path)
     assert_close(weights(run), expected)
 
 
