@@ -263,15 +263,18 @@ def pareto(report: Report) -> Figure | None:
 
 
 def _family(point: SweepPoint) -> tuple[str, str]:
-    """Kind, and the name of a head that is not the run's own: a curve for each."""
+    """Kind, and what else tells its curves apart: the form of confidence, the name of a head not the run's own."""
+    if "per_token=True" in point.method:
+        return point.kind, "per token"
     named = re.search(r"AcceptanceHead\((\w+)", point.method)
     return point.kind, named.group(1) if named and named.group(1) != "head" else ""
 
 
 def _pareto_family(axis: Axes, points: Sequence[SweepPoint], family: tuple[str, str]) -> None:
-    kind, head = family
-    color = COLORS["other"] if head else COLORS[kind]
-    marker = MARKERS["other"] if head else MARKERS[kind]
+    kind, form = family
+    is_other_head = kind == "head" and form != ""
+    color = COLORS["other"] if is_other_head else COLORS[kind]
+    marker = MARKERS["other"] if form else MARKERS[kind]
     points = sorted(points, key=lambda point: point.parameter or 0.0)
     axis.plot(
         [point.discard_rate for point in points],
@@ -279,9 +282,10 @@ def _pareto_family(axis: Axes, points: Sequence[SweepPoint], family: tuple[str, 
         marker=marker,
         ms=9 if kind == "oracle" else 5,
         lw=1.2,
+        ls=":" if form else "-",
         color=color,
         alpha=0.85,
-        label=f"{NAMES[kind]} {head}".strip(),
+        label=f"{NAMES[kind]} {form}".strip(),
     )
     if kind != "oracle":
         best = max(points, key=lambda point: point.predicted_speedup)
@@ -359,25 +363,29 @@ def reliability(report: Report) -> Figure | None:
         return None
     figure, axis = pyplot.subplots(figsize=(6, 5))
     axis.plot([0, 1], [0, 1], color=COLORS["autoregressive"], lw=1, ls=":")
+    if "head_raw" in shown and predictors.get("head", {}).get("ece") == predictors["head_raw"]["ece"]:
+        shown.remove("head_raw")  # trained without a loss weight: nothing was there to undo
     for name in shown:
         scores = predictors[name]
         color, style, label = _PREDICTORS[name]
-        bins = scores["reliability"]
-        axis.plot(
-            [each["predicted"] for each in bins],
-            [each["accepted"] for each in bins],
-            style,
-            color=COLORS[color],
-            ms=5,
-            label=f"{label}: ECE {scores['ece']:.3f}, AUROC {scores['auroc']:.3f}",
-        )
-    axis.set_xlabel("predicted probability of acceptance")
+        _reliability_curve(axis, scores["reliability"], COLORS[color], style)
+        label = f"{label}: ECE {scores['ece']:.3f}, AUROC {scores['auroc']:.3f}"
+        axis.plot([], [], style, color=COLORS[color], ms=6, label=label)
+    axis.set_xlabel("predicted probability of acceptance (area: share of tokens)")
     axis.set_ylabel("share accepted")
     axis.set_xlim(-0.02, 1.02)
     axis.set_ylim(-0.02, 1.02)
     axis.set_aspect("equal")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=1, fontsize=8.5)
     return figure
+
+
+def _reliability_curve(axis: Axes, bins: Sequence[dict[str, float]], color: str, style: str) -> None:
+    """One predictor: the area of a marker is the share of tokens in its bin, so that sparse bins look sparse."""
+    x, y = [each["predicted"] for each in bins], [each["accepted"] for each in bins]
+    total = sum(each["count"] for each in bins)
+    axis.plot(x, y, style[1:], color=color, lw=1.2, alpha=0.8)
+    axis.scatter(x, y, [12 + 500 * each["count"] / total for each in bins], color=color, marker=style[0], alpha=0.75)
 
 
 def tau_history(report: Report) -> Figure | None:

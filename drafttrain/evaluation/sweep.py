@@ -25,6 +25,10 @@ RUN_KINDS: tuple[Kind, ...] = ("fixed", "head", "confidence", "entropy")
 """Kinds that can really be run, in the order in which they are run."""
 
 
+STRICT = (0.97, 0.98, 0.99, 0.995, 0.999)
+"""Thresholds swept beside those of the recipe: at high temperature the product of a few probabilities is small."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of a sweep: the expression that runs it, its kind, the number that is swept."""
@@ -37,16 +41,18 @@ class Setting:
 def settings(config: EvaluateConfig, heads: Mapping[str, AcceptanceHeadConfig]) -> list[Setting]:
     """What is swept: K = 1 .. max_length, and every threshold of every adaptive rule.
 
-    A head's own recommended threshold is among its thresholds, and its least length is kept.
+    Confidence is swept in both forms, over the block and per token: a head has to beat the better one. A head's own
+    recommended threshold is among its thresholds, and its least length is kept.
     """
     longest = config.max_length
     limit = "" if longest == 12 else f", max={longest}"
     found = [Setting(f"Model(drafter, length={k})", "fixed", float(k)) for k in range(1, longest + 1)]
-    for h in sorted(config.thresholds):
-        found.append(Setting(f"Model(drafter, stop=Confidence({h}{limit}))", "confidence", h))
+    for form in ("", ", per_token=True"):
+        for h in sorted({*config.thresholds, *STRICT}):
+            found.append(Setting(f"Model(drafter, stop=Confidence({h}{form}{limit}))", "confidence", h))
     for name, head in heads.items():
         least = "" if head.min_length == 1 else f", min={min(head.min_length, longest)}"
-        for h in sorted({*config.thresholds, head.threshold}):
+        for h in sorted({*config.thresholds, *STRICT, head.threshold}):
             found.append(Setting(f"Model(drafter, stop=AcceptanceHead({name}, {h}{least}{limit}))", "head", h))
     return [Setting(str(parse_method(each.method)), each.kind, each.parameter) for each in found]
 

@@ -25,7 +25,8 @@ def test_every_length_and_threshold_is_swept_once_in_canonical_form():
     assert methods[:3] == [f"Model(drafter, length={k})" for k in (1, 2, 3)]
     assert "Model(drafter, stop=AcceptanceHead(head, 0.35, max=3))" in methods  # its own threshold
     assert "Model(drafter, stop=AcceptanceHead(published, 0.5, min=2, max=3))" in methods
-    assert len(set(methods)) == len(methods) == 3 + 2 + 3 + 3
+    assert "Model(drafter, stop=Confidence(0.2, per_token=True, max=3))" in methods
+    assert len(set(methods)) == len(methods) == 3 + 2 * (2 + 5) + (3 + 5) + (3 + 5)
     assert all(str(parse_method(method)) == method for method in methods)
     assert all((each.kind, each.parameter) == (kind_of(each.method), parameter_of(each.method)) for each in swept)
 
