@@ -43,6 +43,9 @@ COLUMNS = (
 )
 """What is read of a trace record."""
 
+_KEPT = 4096
+"""Traces that a data set keeps in memory, some tens of kilobytes each: reading them costs more than training on them."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -257,6 +260,7 @@ class HeadDataset(Dataset):
     ) -> None:
         self.records, self.layout, self.config, self.seed = records, layout, config, seed
         self.global_batch, self.shuffle = global_batch, shuffle
+        self._read: dict[int, Trace] = {}
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -275,12 +279,17 @@ class HeadDataset(Dataset):
         if position >= len(self.records):
             return None
         row = self._order[position]
-        trace = self.layout.trace(self.records[row])
+        trace = self.trace(row)
         return row, trace, make_examples(trace, self.config, self.seed, self.epoch)
 
     def trace(self, row: int) -> Trace:
-        """The trace of a record, whatever the order."""
-        return self.layout.trace(self.records[row])
+        """The trace of a record, whatever the order; the first that were read are kept."""
+        trace = self._read.get(row)
+        if trace is None:
+            trace = self.layout.trace(self.records[row])
+            if len(self._read) < _KEPT:
+                self._read[row] = trace
+        return trace
 
 
 def collate(items: Sequence[tuple[int, Trace, Examples] | None]) -> dict[str, Any]:
