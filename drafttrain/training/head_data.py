@@ -44,7 +44,7 @@ COLUMNS = (
 """What is read of a trace record."""
 
 _KEPT = 4096
-"""Traces that a data set keeps in memory, some tens of kilobytes each: reading them costs more than training on them."""
+"""Traces that a data set keeps in memory, some tens of kilobytes each: reading them costs more than using them."""
 
 
 @dataclass(frozen=True)
