@@ -28,6 +28,7 @@ from drafttrain.training.drafter_program import (
     check_settings,
     drafter_arguments,
     global_batch,
+    left_out,
     longest,
     zero_stage,
 )
@@ -132,7 +133,7 @@ def _bytes_per_weight(settings: TargetConfig, stored: torch.dtype | None) -> flo
 def _data(data: ResponseDataset, held_out: ResponseDataset) -> list[str]:
     lines = [f"train: {len(data)} responses, {data.tokens:,} trained of {sum(data.lengths):,} tokens a pass"]
     if data.dropped:
-        lines.append(f"left out: {data.dropped} responses without a token to train within {data.max_length} tokens")
+        lines.append(left_out(data))
     return [*lines, f"held out for tau and the choice of the best weights: {len(held_out)} responses"]
 
 

@@ -84,6 +84,8 @@ def train_drafter(parsed: Parsed) -> None:
     from drafttrain.training.drafter_trainer import last_checkpoint
 
     run.record(parsed, "drafttrain/train_drafter.py")
+    if inputs.train.dropped:
+        say(left_out(inputs.train))
     folder = run.path / WORK_FOLDER
     # TrainingArguments comes after the models: DeepSpeed's would partition them while they are loaded.
     arguments = drafter_arguments(parsed.recipe, folder)
@@ -185,6 +187,11 @@ def longest(training: TrainingConfig, context: int) -> int:
             f"training.on_policy_tokens is {training.on_policy_tokens}, which does not fit into sequences of {asked}."
         )
     return asked
+
+
+def left_out(data: ResponseDataset) -> str:
+    """Says how many responses are of no use."""
+    return f"left out: {data.dropped} responses without a token to train within {data.max_length} tokens"
 
 
 def settings_key(recipe: Recipe, manifest: dict[str, Any], target: Loaded) -> str:
