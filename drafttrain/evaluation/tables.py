@@ -74,7 +74,9 @@ def task_cells(report: Report, sampling: str) -> tuple[list[str], list[list[str]
 
 
 def _interval(figures: Figures | None) -> str:
-    return f"{figures.speedup:.2f}" if figures and figures.speedup else "-"
+    if figures is None or figures.speedup is None:
+        return "-"
+    return f"{figures.speedup:.2f}" if figures.prompts > 2 else f"{figures.speedup.value:.2f}"
 
 
 def _own_best(report: Report, sampling: str, task: str) -> str | None:
@@ -85,7 +87,20 @@ def _own_best(report: Report, sampling: str, task: str) -> str | None:
     return f"K={int(best.parameter)}: {best.task_speedups[task]:.2f}"
 
 
-COST_COLUMNS = ("method", "c", "v(2)", "v(4)", "v(6)", "v(12)", "o", "draft ms", "verify ms", "loop ms")
+COST_COLUMNS = (
+    "method",
+    "c",
+    "v(2)",
+    "v(4)",
+    "v(6)",
+    "v(12)",
+    "o",
+    "draft ms",
+    "verify ms",
+    "loop ms",
+    "KV MiB",
+    "memory MiB",
+)
 
 
 def cost_cells(report: Report, sampling: str) -> list[list[str]]:
@@ -96,7 +111,8 @@ def cost_cells(report: Report, sampling: str) -> list[list[str]]:
         widths = [number(costs.v[w - 1], ".2f") if costs and len(costs.v) >= w else "-" for w in (2, 4, 6, 12)]
         c = ", ".join(f"{name} {value:.3f}" for name, value in costs.c.items()) if costs and costs.c else "-"
         times = [milliseconds(getattr(spent, part)) if spent else "-" for part in ("draft", "verify", "loop")]
-        cells.append([f"`{row.method}`", c, *widths, number(costs.o if costs else None, ".3f"), *times])
+        sizes = [_mebibytes(row.kv_bytes), _mebibytes(row.peak_memory)]
+        cells.append([f"`{row.method}`", c, *widths, number(costs.o if costs else None, ".3f"), *times, *sizes])
     return cells
 
 
@@ -149,6 +165,10 @@ def percent(value: float | None) -> str:
 def milliseconds(value: float | None) -> str:
     """Seconds as milliseconds."""
     return "-" if value is None else f"{1e3 * value:.2f}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.1f}"
 
 
 def left_out(report: Report, sampling: str) -> str:
