@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
 
 from drafttrain.errors import UserError
 from drafttrain.training.losses import Loss, expected_acceptance
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
