@@ -182,9 +182,14 @@ def summary(run: RunFolder) -> str:
 def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPair:
     """Models and heads of the recipe, checked against each other and against the responses."""
     from drafttrain.dialogue import end_tokens
-    from drafttrain.evaluation.pair import drafter_path
     from drafttrain.models.fingerprint import Fingerprint
-    from drafttrain.models.loading import check_same_tokenizer, load_drafter, load_target, shared_vocabulary
+    from drafttrain.models.loading import (
+        check_same_tokenizer,
+        drafter_path,
+        load_drafter,
+        load_target,
+        shared_vocabulary,
+    )
 
     recipe = parsed.recipe
     path = drafter_path(recipe, run)

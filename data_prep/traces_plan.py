@@ -5,10 +5,9 @@ from typing import Any
 from data_prep.planning import TargetFacts, check_disk, gigabytes, show_recipe, target_facts
 from data_prep.traces import SECTIONS, check_settings, responses_manifest
 from drafttrain.config import Parsed, Recipe, SamplingConfig, TargetConfig
-from drafttrain.evaluation.pair import drafter_path
 from drafttrain.evaluation.trace_scores import RULES
 from drafttrain.evaluation.tracing import PIECE
-from drafttrain.models.loading import check_same_tokenizer
+from drafttrain.models.loading import check_same_tokenizer, drafter_path
 from drafttrain.records import read_records
 from drafttrain.run_folder import RunFolder
 

@@ -26,6 +26,7 @@ from drafttrain.models.loading import (
     Loaded,
     check_same_tokenizer,
     default_device,
+    drafter_path,
     load_drafter,
     load_target,
     shared_vocabulary,
@@ -160,22 +161,6 @@ def speed_dtype(recipe: Recipe) -> str:
                 raise UserError(f"evaluate.dtype is {dtype}, but it must be auto or one of {', '.join(DTYPES)}.")
             return dtype
     return fast_dtype(default_device())
-
-
-def drafter_path(recipe: Recipe, run: RunFolder) -> str:
-    """The drafter to evaluate: the one named by drafter.path, else the one that the run trained.
-
-    Raises:
-        UserError: there is neither.
-    """
-    if recipe.drafter.path is not None and (recipe.drafter.kind != "pretrained" or not run.drafter.exists()):
-        return recipe.drafter.path
-    if run.drafter.exists():
-        return str(run.drafter)
-    raise UserError(
-        f"there is no drafter in {run.drafter}; train one with train_drafter.py --run {run.path}, or name one with "
-        "--drafter.path."
-    )
 
 
 def _check_made_for(path: str, target: Loaded, accept_new_target: bool) -> None:

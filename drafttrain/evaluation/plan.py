@@ -12,10 +12,10 @@ from drafttrain.decoding.expression import parse_method
 from drafttrain.errors import UserError
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.names import sampling_name
-from drafttrain.evaluation.pair import drafter_path, head_names, speed_dtype
+from drafttrain.evaluation.pair import head_names, speed_dtype
 from drafttrain.evaluation.sweep import settings
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
-from drafttrain.models.loading import check_same_tokenizer, load_tokenizer
+from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_tokenizer
 from drafttrain.run_folder import RunFolder
 
 _SECTIONS = ("target", "drafter", "prompts", "evaluate", "seed")

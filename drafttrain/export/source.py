@@ -12,7 +12,7 @@ from drafttrain.config import Parsed
 from drafttrain.errors import UserError
 from drafttrain.models.checkpoint import INFO, CheckpointInfo, read_info
 from drafttrain.models.fingerprint import Fingerprint, fingerprint
-from drafttrain.models.loading import check_same_tokenizer, load_drafter, load_tokenizer
+from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_drafter, load_tokenizer
 from drafttrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def load_source(parsed: Parsed) -> Source:
     Raises:
         UserError: there is none, it is of a kind that no engine loads, or it has another tokenizer than the target.
     """
-    from drafttrain.evaluation.pair import drafter_path
 
     recipe, run = parsed.recipe, RunFolder(parsed.run)
     refuse_unloadable(recipe.drafter.path)

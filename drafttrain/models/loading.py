@@ -15,11 +15,12 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
-from drafttrain.config import TargetConfig, nearest
+from drafttrain.config import Recipe, TargetConfig, nearest
 from drafttrain.distributed import local_rank
 from drafttrain.errors import UserError
 from drafttrain.models.checkpoint import restore_interrupted
 from drafttrain.models.fingerprint import Fingerprint, fingerprint, tokenizer_hash
+from drafttrain.run_folder import RunFolder
 
 HTTPError = HfHubHTTPError.__bases__[0]
 """What the hub's HTTP client raises when a connection fails; the client differs between versions of huggingface_hub."""
@@ -61,6 +62,22 @@ def load_target(config: TargetConfig) -> Loaded:
     model.requires_grad_(False)
     tokenizer = load_tokenizer(config.path, config.revision, config.trust_remote_code)
     return Loaded(model, tokenizer, fingerprint(model, tokenizer), config.path)
+
+
+def drafter_path(recipe: Recipe, run: RunFolder) -> str:
+    """The drafter of a run: the one named by drafter.path, else the one that the run trained.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if recipe.drafter.path is not None and (recipe.drafter.kind != "pretrained" or not run.drafter.exists()):
+        return recipe.drafter.path
+    if run.drafter.exists():
+        return str(run.drafter)
+    raise UserError(
+        f"there is no drafter in {run.drafter}; train one with train_drafter.py --run {run.path}, or name one with "
+        "--drafter.path."
+    )
 
 
 def load_drafter(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:

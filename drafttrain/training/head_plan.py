@@ -113,7 +113,6 @@ def _disk(parsed: Parsed, inputs: Inputs) -> list[str]:
     return [f"disk: {_gigabytes(needed)} of states do not fit in {place}, so the drafter runs in every epoch"]
 
 
-
 def _memory(inputs: Inputs, head: AcceptanceHead) -> int:
     """Bytes: drafter; weights, gradients and two moments of the head; activations of 4096 tokens."""
     model = inputs.drafter.model

@@ -16,7 +16,7 @@ from drafttrain.errors import UserError
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig, load_config
 from drafttrain.models.checkpoint import CheckpointInfo, read_info, save_checkpoint
 from drafttrain.models.fingerprint import Fingerprint
-from drafttrain.models.loading import Loaded, load_drafter
+from drafttrain.models.loading import Loaded, drafter_path, load_drafter
 from drafttrain.records import read_manifest, read_records
 from drafttrain.run_folder import RunFolder
 from drafttrain.training.arguments import training_arguments
@@ -64,7 +64,7 @@ def read_inputs(parsed: Parsed) -> Inputs:
     """
     run, recipe = RunFolder(parsed.run), parsed.recipe
     manifest = read_manifest(run.require(run.traces, "data_prep/traces.py"), "traces")
-    drafter = load_drafter(drafter_path(run, recipe))
+    drafter = load_drafter(drafter_path(recipe, run))
     drafter.model.requires_grad_(False)
     expect = {"fingerprints": {"drafter": drafter.fingerprint.to_dict()}}
     records = read_records(run.traces, "traces", expect, COLUMNS, parsed.accept_new_target)
@@ -78,19 +78,6 @@ def read_inputs(parsed: Parsed) -> Inputs:
     name = _folder_name(recipe.head.folder)
     places = (run.path / name, run.path / f"{name}-training")
     return Inputs(drafter, config, layout, train, tune, *places, _key(recipe, manifest, drafter))
-
-
-def drafter_path(run: RunFolder, recipe: Recipe) -> str:
-    """The drafter that the head will belong to: the run's own, else the one that the recipe names.
-
-    Raises:
-        UserError: there is neither.
-    """
-    if (run.drafter / "config.json").is_file():
-        return str(run.drafter)
-    if recipe.drafter.path:
-        return recipe.drafter.path
-    raise UserError(f"there is no drafter in {run.drafter}; train one with train_drafter.py or set drafter.path.")
 
 
 def head_config(
@@ -145,9 +132,7 @@ def train_head(parsed: Parsed) -> None:
     say(_summary(metrics, inputs.folder))
 
 
-def make_trainer(
-    recipe: Recipe, inputs: Inputs, accept_new_target: bool = False
-) -> tuple[HeadTrainer, list[Any]]:
+def make_trainer(recipe: Recipe, inputs: Inputs, accept_new_target: bool = False) -> tuple[HeadTrainer, list[Any]]:
     """The Trainer, ready to run, and the state stores that it reads (to be deleted afterwards)."""
     from transformers import set_seed
 

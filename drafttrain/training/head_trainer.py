@@ -259,6 +259,7 @@ class HeadTrainer(Trainer):
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end (trainer_state.json comes last), None if there is none."""
+
     def step(path: Path) -> int:
         return int(path.name.rsplit("-", 1)[1])
 

@@ -50,9 +50,7 @@ def state_after(model, tokens):
 
 def test_soft_labels_are_the_acceptance_probability(records):
     labels = torch.cat([LAYOUT.trace(record).label_T for record in records])
-    expected = [
-        min(1.0, math.exp(p - q)) for r in records for p, q in zip(r["log_p"], r["log_q"], strict=True)
-    ]
+    expected = [min(1.0, math.exp(p - q)) for r in records for p, q in zip(r["log_p"], r["log_q"], strict=True)]
     assert labels.tolist() == pytest.approx(expected, rel=1e-5)
     assert 0.1 < float(labels.mean()) < 0.95  # the fixture has both kinds
 

@@ -1,10 +1,11 @@
 """Facts: short statements about invented people and towns; a question takes one of them, or two in a row.
 
-Every person of a document has every relation, so the distractors are facts of exactly the asked form.
+Every person of a document has every relation, so the distractors are facts of exactly the asked form. The answer quotes
+the facts it rests on, the last of them being what was asked.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from drafttrain.evaluation.tasks.base import Kind, Room, Turn
@@ -43,8 +44,9 @@ def _one_hop(rng: random.Random, people: list[str]) -> World:
     facts, turns = [], []
     for person in people:
         home, job, birth = rng.choice(TOWNS), rng.choice(JOBS), rng.choice(TOWNS)
-        facts += [_lives(person, home), _works(person, job), f"{person} was born in {birth}."]
-        turns += _turns(rng, person, ((_HOME, home), (_JOB, job), (_BIRTH, birth)))
+        own = [_lives(person, home), _works(person, job), f"{person} was born in {birth}."]
+        facts += own
+        turns += _turns(rng, person, zip((_HOME, _JOB, _BIRTH), own, strict=True))
     return facts, turns
 
 
@@ -53,12 +55,14 @@ def _two_hop(rng: random.Random, people: list[str]) -> World:
     homes = {person: rng.choice(TOWNS) for person in people}
     jobs = {person: rng.choice(JOBS) for person in people}
     regions = {town: rng.choice(REGIONS) for town in homes.values()}
-    facts, turns = [f"{town} lies in {region}." for town, region in regions.items()], []
+    facts, turns = [_lies(town, region) for town, region in regions.items()], []
     for person, friend in zip(people, [*people[1:], people[0]], strict=True):
-        home, whose = homes[person], f"the friend of {person}"
-        facts += [_lives(person, home), _works(person, jobs[person]), f"The friend of {person} is {friend}."]
-        turns += _turns(rng, person, ((_REGION, regions[home]),))
-        turns += _turns(rng, whose, ((_HOME, homes[friend]), (_JOB, jobs[friend])))
+        home, friendship = homes[person], f"The friend of {person} is {friend}."
+        facts += [_lives(person, home), _works(person, jobs[person]), friendship]
+        turns += _turns(rng, person, [(_REGION, f"{_lives(person, home)} {_lies(home, regions[home])}")])
+        friends = (_lives(friend, homes[friend]), _works(friend, jobs[friend]))
+        answers = [f"{friendship} {fact}" for fact in friends]
+        turns += _turns(rng, f"the friend of {person}", zip((_HOME, _JOB), answers, strict=True))
     return facts, turns
 
 
@@ -70,7 +74,11 @@ def _works(person: str, job: str) -> str:
     return f"{person} works as a {job}."
 
 
-def _turns(rng: random.Random, who: str, answers: tuple[tuple[tuple[str, ...], str], ...]) -> Iterator[Turn]:
+def _lies(town: str, region: str) -> str:
+    return f"{town} lies in {region}."
+
+
+def _turns(rng: random.Random, who: str, answers: Iterable[tuple[tuple[str, ...], str]]) -> Iterator[Turn]:
     for forms, answer in answers:
         yield Turn(rng.choice(forms).format(who), answer)
 

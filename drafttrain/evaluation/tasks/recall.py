@@ -1,7 +1,8 @@
 """Recall: values hidden in a document under keys, asked for by key.
 
 A needle reads "The code for amber-fox is 48213." (or a password, a pair of words); keys of a document are unique except
-where one key is given several values on purpose.
+where one key is given several values on purpose. The answer quotes the needles asked for: what leads to a value is then
+what led to it in the document, which is how a small model finds it.
 """
 
 import random
@@ -35,14 +36,10 @@ class Vault:
             return self._fresh(lambda: str(self._rng.randrange(10_000, 100_000)))
         return self._fresh(lambda: "-".join(self._rng.sample(NOUNS, 2)))
 
-    def needle(self, key: str, value: str) -> str:
-        """The sentence that ties a value to a key."""
-        return f"The {self.what} for {key} is {value}."
-
     def distractors(self) -> Iterator[str]:
         """Needles of other keys, without end."""
         while True:
-            yield self.needle(self.key(), self.value())
+            yield _needle(self.what, self.key(), self.value())
 
     def _fresh(self, draw: Callable[[], str]) -> str:
         while (text := draw()) in self._used:
@@ -51,12 +48,17 @@ class Vault:
         return text
 
 
+def _needle(what: str, key: str, value: str) -> str:
+    """The sentence that ties a value to a key."""
+    return f"The {what} for {key} is {value}."
+
+
 def make(hunt: str, hay: str, rng: random.Random, room: Room, questions: int) -> tuple[Turn, ...]:
     """One document and its questions. `hunt` says what is asked, `hay` what the needles hide in."""
     vault = Vault(rng)
     needles = _needles(hunt, vault, rng, questions)
     turns = _questions(hunt, vault.what, needles, rng, questions)
-    lines = [vault.needle(key, value) for key, value in needles]
+    lines = [_needle(vault.what, key, value) for key, value in needles]
     for text in (*lines, *(turn.user for turn in turns), *(turn.answer for turn in turns)):
         room.take(text)
     if hay == "distractors":
@@ -86,10 +88,10 @@ def _questions(hunt: str, what: str, needles: list[tuple[str, str]], rng: random
 
 
 def _question(form: str, what: str, asked: list[str], needles: list[tuple[str, str]]) -> Turn:
-    """Values in the order the keys are asked; those of one key in order of appearance."""
-    values = [value for key in asked for owner, value in needles if owner == key]
+    """Needles in the order their keys are asked; those of one key in order of appearance."""
+    quoted = [_needle(what, key, value) for owner in asked for key, value in needles if key == owner]
     keys = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + f" and {asked[-1]}"
-    return Turn(form.format(what=what, keys=keys), ", ".join(values))
+    return Turn(form.format(what=what, keys=keys), " ".join(quoted))
 
 
 _MIN_LENGTH = {"single": 80, "multi_key": 120, "multi_value": 120, "multi_query": 120}

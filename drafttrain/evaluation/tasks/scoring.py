@@ -3,6 +3,7 @@
 Saying more than was asked is never free: every share is taken over the longer of the two sequences.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
@@ -13,9 +14,9 @@ def share_in_place(reference: Sequence[str], given: Sequence[str]) -> float:
     return right / max(len(reference), len(given), 1)
 
 
-def score_values(reference: str, text: str) -> float:
-    """For comma-separated values: share of values right and in their place."""
-    return share_in_place(_values(reference), _values(text))
+def score_items(reference: str, text: str) -> float:
+    """For lists (sentences, lines, values between commas): share of items right and in their place."""
+    return share_in_place(_items(reference), _items(text))
 
 
 def score_words(reference: str, text: str) -> float:
@@ -28,16 +29,16 @@ def score_exact(reference: str, text: str) -> float:
     return float(reference.strip() == text.strip())
 
 
-def _values(text: str) -> list[str]:
-    return [value.strip() for value in text.strip().split(",")]
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in re.split(r",|\n|(?<=\.)\s", text.strip())]
 
 
 SCORERS: dict[str, Callable[[str, str], float]] = {
     "revise": score_words,
     "self_correct": score_exact,
-    "recall": score_values,
-    "trace": score_values,
-    "common_words": score_values,
-    "frequent_words": score_values,
-    "facts": score_exact,
+    "recall": score_items,
+    "trace": score_items,
+    "common_words": score_items,
+    "frequent_words": score_items,
+    "facts": score_items,
 }

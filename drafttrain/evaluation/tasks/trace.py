@@ -1,7 +1,7 @@
 """Trace: follow assignments ("lamp = 48213", later "fox = lamp") scattered among other lines.
 
 Several chains run through a document at once, each from its own value, so that the hops must be followed and cannot be
-guessed from the one value in sight.
+guessed from the one value in sight. Asked for a value, the answer walks back over the assignments to it.
 """
 
 import random
@@ -52,7 +52,8 @@ def _interleave(rng: random.Random, sequences: list[list[str]]) -> list[str]:
 
 def _question(wanted: str, value: str, names: list[str], rng: random.Random) -> Turn:
     if wanted == "variable":
-        return Turn(rng.choice(_VALUE_OF).format(name=names[-1]), value)
+        walk = "\n".join(reversed(_assignments(value, names)))
+        return Turn(rng.choice(_VALUE_OF).format(name=names[-1]), walk)
     return Turn(rng.choice(_NAMES_WITH).format(value=value), ", ".join(names))
 
 

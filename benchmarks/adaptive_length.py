@@ -1,0 +1,165 @@
+"""Does an acceptance head earn its place? Against the best fixed length, confidence, the paper's head, the oracle.
+
+    python benchmarks/adaptive_length.py --run runs/adaptive --output results.json
+    python benchmarks/adaptive_length.py --run runs/adaptive --plan        only the commands
+
+Runs the chain of a recipe with the programs a user would run, greedy and at temperature 1 (heads are trained for the
+setting they serve; both take the drafter distilled at temperature 1), with one head a training seed and one in the
+published setting (recipes/published/specdecpp.yaml, with our number of steps and learning rate, which its own would
+leave untrained on so few answers). What is done is reused, so a killed run goes on.
+
+Thresholds and lengths are chosen by replay on the tuning split; the two best of each kind are really run on the test
+split, interleaved. The best fixed length and the best confidence rule are those that turned out fastest there, a head's
+setting the one replay chose. Figures end in `_greedy` or `_sampled`; without an ending they are the smaller of the two.
+
+gain_over_best_fixed, gain_over_confidence    ratios of measured decoding rates, mean over seeds
+oracle_gap_closed      (gain - 1) of replay over that of perfect stopping, on the tuning split, mean over seeds
+worst_task             least ratio, over tasks, of the head's replayed speed to that task's own best fixed length
+speedup_*              over autoregressive decoding, measured; speedup_oracle is replayed
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import finish  # noqa: E402
+from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint, read_report  # noqa: E402
+from drafttrain.evaluation.sweep import head_of, kind_of  # noqa: E402
+
+TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
+"""Decoding settings; the first also distils the drafter."""
+
+PUBLISHED = "published"
+
+
+def main() -> None:
+    """Run the chain, read its reports, print the figures."""
+    options = _options()
+    for name in TEMPERATURES:
+        for command in chain(name, options):
+            print("$ " + " ".join(command), flush=True)
+            if not options.plan:
+                subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    if options.plan:
+        return
+    figures: dict[str, float] = {}
+    rows = {}
+    for name in TEMPERATURES:
+        report = read_report(options.run / name / "report.json")
+        found, rows[name] = figures_of(report)
+        figures |= {f"{figure}_{name}": value for figure, value in found.items()}
+    for figure in dict.fromkeys(figure.rpartition("_")[0] for figure in figures):
+        figures[figure] = min(figures[f"{figure}_{name}"] for name in TEMPERATURES)
+    finish("adaptive_length", figures, rows, options.output)
+
+
+def chain(name: str, options: argparse.Namespace) -> list[list[str]]:
+    """The commands of one decoding setting, without the interpreter."""
+    temperature = str(TEMPERATURES[name])
+    run = ["--run", str(options.run / name), "--responses.sampling.temperature", temperature]
+    ours = ["--config", str(options.config), *run, *options.set]
+    first = next(iter(TEMPERATURES))
+    if name != first:
+        ours += ["--drafter.path", str(options.run / first / "drafter")]
+    published = ["--config", "recipes/published/specdecpp.yaml", *run, "--head.folder", PUBLISHED]
+    published += ["--target.path", options.target, "--drafter.path", str(options.run / first / "drafter")]
+    for setting in ("num_train_epochs", "learning_rate", "per_device_train_batch_size"):
+        published += [f"--head.arguments.{setting}", str(options.head_arguments[setting])]
+    published += ["--head.arguments.gradient_accumulation_steps", "1"]
+    commands = [["data_prep/responses.py", *ours]]
+    commands += [["drafttrain/train_drafter.py", *ours]] if name == first else []
+    commands += [["data_prep/traces.py", *ours]]
+    for seed in range(options.seeds):
+        commands.append(["drafttrain/train_head.py", *ours, "--seed", str(seed), "--head.folder", f"head_{seed}"])
+    commands.append(["drafttrain/train_head.py", *published])
+    return [*commands, ["-m", "drafttrain.cli", "evaluate", *ours]]
+
+
+def figures_of(report: Report) -> tuple[dict[str, float], list[dict[str, object]]]:
+    """Figures of one decoding setting, and the rows of single seeds."""
+    measured = [row for row in report.methods if row.overall.speedup is not None]
+    fixed, confidence = (_fastest(measured, kind) for kind in ("fixed", "confidence"))
+    points = {kind: _best(report.sweep, kind) for kind in ("fixed", "oracle", "confidence")}
+    names = dict.fromkeys(head_of(row.method) for row in measured if row.kind == "head")
+    rows = [_seed(report, measured, name, points) for name in names]
+    ours = [row for row in rows if row["head"] != PUBLISHED]
+    published = next(row for row in rows if row["head"] == PUBLISHED)
+    figures = {
+        figure: mean(row[figure] for row in ours)
+        for figure in ("gain_over_best_fixed", "gain_over_confidence", "oracle_gap_closed", "worst_task")
+    }
+    figures |= {f"least_{figure}": min(row[figure] for row in ours) for figure in ("gain_over_best_fixed",)}
+    figures["confidence_gap_closed"] = _closed(points["confidence"], points)
+    figures["published_gap_closed"] = published["oracle_gap_closed"]
+    figures["speedup_best_fixed"] = fixed.overall.speedup.value
+    figures["speedup_confidence"] = confidence.overall.speedup.value
+    figures["speedup_head"] = mean(row["speedup"] for row in ours)
+    figures["speedup_published"] = published["speedup"]
+    figures["speedup_oracle"] = points["oracle"].predicted_speedup
+    return figures, rows
+
+
+def _seed(
+    report: Report, measured: list[MethodResult], name: str, points: dict[str, SweepPoint]
+) -> dict[str, float | str]:
+    """One head at the setting that replay chose for it."""
+    point = _best([p for p in report.sweep if p.kind == "head" and head_of(p.method) == name], "head")
+    row = next(row for row in measured if row.method == point.method)
+    versus = {f"versus_{kind}": [ratio.value, ratio.low, ratio.high] for kind, ratio in row.versus.items()}
+    return {
+        "head": name,
+        "method": row.method,
+        "speedup": row.overall.speedup.value,
+        "gain_over_best_fixed": row.versus["fixed"].value,
+        "gain_over_confidence": row.versus["confidence"].value,
+        "oracle_gap_closed": _closed(point, points),
+        "worst_task": min(_against_best_fixed(report.sweep, point).values()),
+        "tasks": _against_best_fixed(report.sweep, point),
+        **versus,
+    }
+
+
+def _closed(point: SweepPoint, points: dict[str, SweepPoint]) -> float:
+    fixed, oracle = points["fixed"].predicted_speedup, points["oracle"].predicted_speedup
+    return (point.predicted_speedup - fixed) / (oracle - fixed)
+
+
+def _against_best_fixed(sweep: list[SweepPoint], point: SweepPoint) -> dict[str, float]:
+    """Replayed speed on each task over that of the task's own best fixed length."""
+    fixed = [p.task_speedups for p in sweep if p.kind == "fixed"]
+    return {task: speed / max(each[task] for each in fixed) for task, speed in point.task_speedups.items()}
+
+
+def _best(sweep: list[SweepPoint], kind: str) -> SweepPoint:
+    return max((p for p in sweep if p.kind == kind), key=lambda p: p.predicted_speedup)
+
+
+def _fastest(rows: list[MethodResult], kind: str) -> MethodResult:
+    return max((row for row in rows if kind_of(row.method) == kind), key=lambda row: row.overall.speedup.value)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/adaptive"), help="folder for both settings' runs")
+    parser.add_argument("--config", type=Path, default=Path("recipes/reference/pair.yaml"), help="recipe of the pair")
+    parser.add_argument("--seeds", type=int, default=3, help="heads trained a setting")
+    parser.add_argument("--plan", action="store_true", help="print the commands and stop")
+    parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
+    parser.add_argument("set", nargs="*", help="further flags of our own runs, after `--`")
+    options = parser.parse_args()
+    import yaml
+
+    recipe = yaml.safe_load(options.config.read_text())
+    options.target, options.head_arguments = recipe["target"]["path"], recipe["head"]["arguments"]
+    return options
+
+
+if __name__ == "__main__":
+    main()
