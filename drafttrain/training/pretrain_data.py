@@ -5,10 +5,12 @@ with other processes reads the same stream. Only answers and code carry full los
 random by construction, and learning to predict it would buy nothing.
 """
 
+import contextlib
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from drafttrain.evaluation.tasks import KINDS, generate, kinds
 CODE = "code"
 ECHO = "echo"
 """A stretch of random tokens, said again: nothing but copying can predict it, so that copying is learnt first."""
+
+BRIEF = ("revise", "self_correct")
+"""Tasks kept brief: what has to be learnt is the change asked for, and there is one an example."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Blocks(Dataset):
     prompt_weight: float = 0.03
     answer_weight: float = 24.0
     """what an answer weighs at least in all: short answers would drown among the long ones of *revise*"""
-    first_seed: int = 0
+    edit_weight: float = 10.0
+    """what a token of a revision weighs where copying the passage would be wrong: there are one or two among a hundred"""
     _count: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,17 +102,14 @@ class Blocks(Dataset):
 
     def _segment(self, stage: Stage, room: int, length: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         name = draw.choices(list(stage.mixture), weights=list(stage.mixture.values()))[0]
-        size = min(room - 8, int(math.exp(draw.uniform(math.log(128), math.log(length)))))
         if name == ECHO:
             return self._echo(draw)
-        if name != CODE and size >= 100:
+        size = min(room - 8, _size(name, length, draw))
+        if name != CODE and size >= 60:
             kind = name if name in KINDS else draw.choice(kinds(name))
-            questions = draw.randint(1, max(1, min(12, size // 100)))
-            try:
-                example = generate(kind, draw.randrange(10**9), size, self._count, questions)
-            except ValueError:  # too small for this kind: code fills the room instead
-                return self._code(room, draw)
-            return self._chat(example)
+            questions = draw.randint(1, max(1, min(16, size // 100)))
+            with contextlib.suppress(ValueError):  # too small for this kind: code instead
+                return self._chat(generate(kind, draw.randrange(10**9), size, self._count, questions))
         return self._code(min(room, max(size, 64)), draw)
 
     def _chat(self, example) -> Iterator[tuple[int, float]]:
@@ -115,19 +118,25 @@ class Blocks(Dataset):
         yield tokenizer.bos_token_id, 0.0
         for turn in example.turns:
             yield user, 0.0
-            for token in tokenizer(turn.user, add_special_tokens=False)["input_ids"]:
-                yield token, self.prompt_weight
+            prompt = tokenizer(turn.user, add_special_tokens=False)["input_ids"]
+            yield from ((token, self.prompt_weight) for token in prompt)
             yield tokenizer.eos_token_id, 0.0
             yield assistant, 0.0
             answer = [*tokenizer(turn.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            weight = max(1.0, self.answer_weight / len(answer))
-            for token in answer:
-                yield token, weight
+            weights = [max(1.0, self.answer_weight / len(answer))] * len(answer)
+            if example.task == "revise":
+                for place in edits(prompt, answer):
+                    weights[place] = self.edit_weight
+            yield from zip(answer, weights, strict=True)
 
     def _echo(self, draw: random.Random) -> Iterator[tuple[int, float]]:
-        stretch = [draw.randrange(len(self.tokenizer)) for _ in range(draw.randint(4, 48))]
+        length = draw.randint(4, 96)
+        # with few different tokens the last one does not say where in the stretch one is: the ones before it must
+        different = int(math.exp(draw.uniform(math.log(4), math.log(4 * length))))
+        alphabet = [draw.randrange(len(self.tokenizer)) for _ in range(different)]
+        stretch = draw.choices(alphabet, k=length)
         yield self.tokenizer.bos_token_id, 0.0
-        for time in range(draw.randint(2, 4)):
+        for time in range(draw.randint(2, 3)):
             for place, token in enumerate(stretch):
                 yield token, float(time > 0 and place > 0)
 
@@ -137,6 +146,22 @@ class Blocks(Dataset):
             yield self.tokenizer.bos_token_id, 0.0
         for token in self.corpus[start : start + size - 1]:
             yield int(token), self.code_weight
+
+
+def edits(passage: list[int], answer: list[int]) -> Iterator[int]:
+    """Places of an answer at which copying the passage on would be wrong, each with the one that leads back to it."""
+    for what, _, _, start, stop in SequenceMatcher(None, passage, answer, autojunk=False).get_opcodes():
+        if what != "equal":
+            yield from range(start, min(stop + 1, len(answer)))
+
+
+def _size(name: str, length: int, draw: random.Random) -> int:
+    """Tokens of a segment: all orders of magnitude alike, and every third document as long as the row allows."""
+    if name.split("/")[0] in BRIEF:
+        return int(math.exp(draw.uniform(math.log(80), math.log(min(length, 400)))))
+    if name != CODE and draw.random() < 1 / 3:
+        return draw.randint(length // 2, length)
+    return int(math.exp(draw.uniform(math.log(128), math.log(length))))
 
 
 def _positions(length: int, jumps: float, max_position: int, draw: random.Random) -> Tensor:
