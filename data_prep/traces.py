@@ -193,7 +193,9 @@ def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPai
 
     recipe = parsed.recipe
     path = drafter_path(recipe, run)
-    target, drafter = load_target(recipe.target), load_drafter(path, "auto", recipe.target.trust_remote_code)
+    target = load_target(recipe.target)
+    # in the target's dtype, as both are served: a trained drafter is stored in that of its training
+    drafter = load_drafter(path, recipe.target.dtype, recipe.target.trust_remote_code)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, path)
     answered_by = Fingerprint.from_dict(recorded["fingerprints"]["target"])
     what = f"the responses in {run.responses} were written by one target"

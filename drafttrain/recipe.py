@@ -182,8 +182,8 @@ class TracesConfig:
     """most likely tokens of both models stored per position"""
     temperatures: list[float] = field(default_factory=lambda: [0.5, 0.7, 1.0])
     """temperatures at which log Z is stored"""
-    run_length: int = at_least(0, 0)
-    """drafted tokens recorded beyond every rejection (R), for exact replay of rules that draft on; 0 none"""
+    run_length: int = at_least(0, 11)
+    """drafted tokens recorded beyond every rejection (R): replay is exact for rules that draft up to R + 1; 0 none"""
     shard_rows: int = at_least(1, 64)
     """rows of one file; the unit of work that is done again after a crash"""
     batch_size: int = at_least(1, 8)
@@ -238,7 +238,7 @@ class EvaluateConfig:
 
     methods: list[str] | None = None
     """expressions to run, e.g. "Model(drafter, length=5)"; by default the best of each kind found by replay"""
-    max_length: int = at_least(1, 12)
+    max_length: int = between(1, 64, 12)
     """fixed lengths 1..max_length are swept"""
     thresholds: list[float] = field(
         default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
@@ -248,7 +248,7 @@ class EvaluateConfig:
     """decoding settings to measure; that of the responses by default"""
     prompts_per_task: int = at_least(1, 8)
     """test prompts of each task that are really run"""
-    max_new_tokens: int = at_least(1, 128)
+    max_new_tokens: int = at_least(2, 128)
     """longest answer in real runs, in tokens"""
     batch_size: int = at_least(1, 1)
     """sequences decoded together in real runs"""

@@ -117,6 +117,7 @@ class Evaluation:
         self.models = models
         self.run = run
         self.load_start = load()
+        self.head_metrics, self.tau_history = read_head_metrics(run), read_tau_history(run)
         self.inputs: Inputs = inputs_of(parsed, models.tokenizer, models.context)
         self.methods = [models.canonical(method) for method in self.config.methods or []]
 
@@ -126,9 +127,8 @@ class Evaluation:
         measured = [self._setting(sampling_name(each), sampling_of(each)) for each in configs]
         self._check_float64(measured)
         rows = [row for each in measured for row in self._rows(each)]
-        history = read_tau_history(self.run)
         points = [point for each in measured for point in each.points]
-        verdict = decide(rows, points, history, self.config.min_speedup)
+        verdict = decide(rows, points, self.tau_history, self.config.min_speedup)
         environment = describe(self.models.device, self.load_start)
         if environment.bandwidth:
             environment.roofline = environment.bandwidth / streamed_bytes(self.models.target.model)
@@ -142,8 +142,8 @@ class Evaluation:
             sweep=points,
             recipe=self.parsed.resolved,
             examples=[example for each in measured for example in self._examples(each)],
-            head=read_head_metrics(self.run),
-            tau_history=history,
+            head=self.head_metrics,
+            tau_history=self.tau_history,
         )
 
     # ---- one decoding setting ----
@@ -177,7 +177,8 @@ class Evaluation:
         config = self.config
         few = different(tuning, CALIBRATION_QUESTIONS)
         costs = calibrate(self.models, sampling, few, config.batch_size, config.max_length, self.seed)
-        traces = stored_traces(self.run, self.models, sampling, self.parsed.accept_new_target)
+        accept = self.parsed.accept_new_target
+        traces = stored_traces(self.run, self.models, sampling, config.max_length, accept)
         if traces is None:
             traces = made_traces(self.models, sampling, tuning, 8, config.max_length, self.seed)
         record = record_for_replay(self.models, traces, self.inputs.references)

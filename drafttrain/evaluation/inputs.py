@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drafttrain.config import Parsed, PromptsConfig
+from drafttrain.config import Parsed
 from drafttrain.errors import UserError
 from drafttrain.evaluation.questions import Record, answers_of, choose
 from drafttrain.records import read_records
@@ -39,7 +38,7 @@ def inputs_of(parsed: Parsed, tokenizer: Any, context: int, write: bool = True) 
         UserError: there are none, or no test prompt among them.
     """
     run = RunFolder(parsed.run)
-    if run.prompts.exists():
+    if run.responses.exists():
         records: list[Record] = list(read_records(run.prompts, "prompts"))
     else:
         records = _make(parsed, tokenizer, context, run, write)
@@ -58,7 +57,13 @@ def split(records: Sequence[Record], per_task: int) -> tuple[list[Record], list[
 
 
 def split_probe(records: Sequence[Record], per_task: int) -> tuple[list[Record], list[Record]]:
-    """Tuning and test prompts where nothing was trained: settings are chosen on a third of each task, at most 8."""
+    """Tuning and test prompts where nothing was trained: settings are chosen on a third of each task, at most 8.
+
+    Of the reference world's prompts only the held-out ones count: the target itself was trained on what the others are
+    made of.
+    """
+    if any(record["kind"] for record in records):
+        records = [record for record in records if record["split"] != "train"]
     everything = choose(records, ("train", "tune", "test"), len(records))
     tune, test = [], []
     for task in dict.fromkeys(record["task"] for record in everything):
@@ -79,17 +84,10 @@ def references(records: Sequence[Record]) -> dict[tuple[str, int], str]:
     }
 
 
-def source_of(settings: PromptsConfig) -> PromptsConfig:
-    """The prompts section of a probe: a path that is given is what is meant."""
-    if settings.path is not None and settings.source == "reference":
-        return dataclasses.replace(settings, source="file")
-    return settings
-
-
 def _make(parsed: Parsed, tokenizer: Any, context: int, run: RunFolder, write: bool) -> list[Record]:
     from data_prep.prompts import ensure_prompts, prompts_of  # the one step back: a probe has no prompts of its own
 
-    asked_for = (source_of(parsed.recipe.prompts), parsed.recipe.seed, tokenizer, context)
+    asked_for = (parsed.recipe.prompts, parsed.recipe.seed, tokenizer, context)
     if not write:
         return prompts_of(*asked_for).records
     ensure_prompts(*asked_for, run)

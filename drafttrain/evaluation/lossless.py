@@ -34,6 +34,7 @@ from drafttrain.evaluation.exactness import greedy_check
 from drafttrain.evaluation.inputs import inputs_of
 from drafttrain.evaluation.names import sampling_name, sampling_of
 from drafttrain.evaluation.pair import Models, load_models
+from drafttrain.evaluation.plan import check_pair
 from drafttrain.evaluation.questions import Question, to_sample
 from drafttrain.evaluation.reference import Tree, tree
 from drafttrain.evaluation.runner import answer
@@ -100,14 +101,18 @@ def command(parsed: Parsed) -> None:
         UserError: a part is missing or damaged, or a method cannot be run.
         SystemExit: code 1, a method is not lossless.
     """
+    samplings = [sampling_of(each) for each in parsed.recipe.evaluate.samplings]
+    samplings = [each for each in samplings if not each.greedy and not each.penalised] or list(SAMPLINGS)
+    methods = list(parsed.recipe.evaluate.methods or DEFAULT_METHODS)
+    if parsed.plan:
+        plan_lossless(parsed, methods, samplings)
+        return
     run = RunFolder(parsed.run).create()
     run.record(parsed, "drafttrain lossless")
     began = load()
     models = load_models(parsed)
-    methods = [models.canonical(method) for method in parsed.recipe.evaluate.methods or DEFAULT_METHODS]
+    methods = [models.canonical(method) for method in methods]
     prompts = _prompts(parsed, models)
-    samplings = [sampling_of(each) for each in parsed.recipe.evaluate.samplings]
-    samplings = [each for each in samplings if not each.greedy and not each.penalised] or list(SAMPLINGS)
     proofs = [
         prove(models, method, prompts, samplings, parsed.recipe.evaluate.tolerance, parsed.recipe.seed)
         for method in methods
@@ -118,6 +123,16 @@ def command(parsed: Parsed) -> None:
     say(f"Report: {run.path / 'lossless.json'}")
     if not all(proof.passed for proof in proofs):
         raise SystemExit(1)
+
+
+def plan_lossless(parsed: Parsed, methods: Sequence[str], samplings: Sequence[Sampling]) -> None:
+    """Print what would be tested; raises what would stop it, without loading weights."""
+    path = check_pair(parsed, methods)
+    print(f"would test {parsed.recipe.target.path} with {path}, into {RunFolder(parsed.run).path / 'lossless.json'}")
+    for method in methods:
+        print(f"  {method}: greedy in {', '.join(_DTYPES)} on at most {_PROMPTS} prompts")
+        for sampling in samplings:
+            print(f"    {sampling_name(sampling)}: {ANSWERS} answers by chi-square, and two negative controls")
 
 
 def prove(

@@ -73,8 +73,8 @@ class Models:
 
     @property
     def context(self) -> int:
-        """Tokens that the target can read and write together; with none stated, as good as no limit."""
-        return self.engines()[0].max_positions or 1 << 30
+        """Tokens that both models can read and write together; with none stated, as good as no limit."""
+        return min(engine.max_positions or 1 << 30 for engine in self.engines())
 
     def engines(self, dtype: str | None = None) -> tuple[Engine, Engine]:
         """Engines of target and drafter; in another dtype than the models' they are made of copies.

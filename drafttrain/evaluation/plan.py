@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -30,11 +31,9 @@ def plan(parsed: Parsed) -> None:
     """
     recipe, run = parsed.recipe, RunFolder(parsed.run)
     print(yaml.safe_dump({name: parsed.resolved[name] for name in _SECTIONS}, sort_keys=False).rstrip())
-    path = drafter_path(recipe, run)
+    path = check_pair(parsed, recipe.evaluate.methods or [])
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
-    check_same_tokenizer(target, load_tokenizer(path), path)
     heads = {name: load_config(run.path / name) for name in head_names(run)}
-    _check_methods(recipe.evaluate.methods or [], {"drafter", *heads})
     found = inputs_of(parsed, target, _context(recipe, path), write=False)
     shown = target.decode(found.test[0]["prompt_ids"])
     print(
@@ -45,6 +44,20 @@ def plan(parsed: Parsed) -> None:
         print(line)
 
 
+def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
+    """Path of the drafter, when it fits the target and the methods name nothing that is missing.
+
+    Raises:
+        UserError: there is no drafter, it has another tokenizer, or a method is malformed or names a stranger.
+    """
+    recipe, run = parsed.recipe, RunFolder(parsed.run)
+    path = drafter_path(recipe, run)
+    target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
+    check_same_tokenizer(target, load_tokenizer(path), path)
+    _check_methods(methods, {"drafter", *head_names(run)})
+    return path
+
+
 def _context(recipe: Any, path: str) -> int:
     from transformers import AutoConfig
 
@@ -53,7 +66,7 @@ def _context(recipe: Any, path: str) -> int:
     return min(getattr(config.get_text_config(), "max_position_embeddings", _NO_LIMIT) for config in configs)
 
 
-def _check_methods(methods: list[str], members: set[str]) -> None:
+def _check_methods(methods: Sequence[str], members: set[str]) -> None:
     for method in methods:
         missing = sorted(parse_method(method).members - members)
         if missing:

@@ -25,6 +25,7 @@ from drafttrain.decoding.stopping import (
     Oracle,
     StoppingRule,
 )
+from drafttrain.evaluation.trace_record import LONGEST
 
 Kind = Literal["product", "token", "bound"]
 
@@ -86,22 +87,24 @@ class ThresholdPolicy:
 Policy = FixedPolicy | OraclePolicy | ThresholdPolicy
 
 
-def policy_of(rule: StoppingRule, head: str = "head") -> Policy:
+def policy_of(rule: StoppingRule, head: str = "head", longest: int = LONGEST) -> Policy:
     """The policy that replays a stopping rule of the decoder.
 
     Args:
         rule: from decoding/stopping.py.
         head: name in the record of the scores of an acceptance head's rule.
+        longest: most tokens that the drafter under the rule proposes.
 
     Raises:
         TypeError: a rule that traces say nothing about.
     """
-    limits = {"minimum": rule.min_length, "maximum": rule.max_length}
+    longest = min(longest, rule.max_length)
+    limits = {"minimum": min(rule.min_length, longest), "maximum": longest}
     match rule:
         case FixedLength():
-            return FixedPolicy(rule.max_length)
+            return FixedPolicy(longest)
         case Oracle():
-            return OraclePolicy(rule.max_length)
+            return OraclePolicy(longest)
         case Confidence():
             kind = "token" if rule.per_token else "product"
             return ThresholdPolicy("confidence", rule.threshold, kind, **limits)

@@ -13,7 +13,7 @@ from drafttrain.config import EvaluateConfig
 from drafttrain.decoding.counts import Counts
 from drafttrain.decoding.expression import Member, build, parse_method
 from drafttrain.evaluation.pair import Models
-from drafttrain.evaluation.policies import OraclePolicy, Policy, policy_of
+from drafttrain.evaluation.policies import OraclePolicy, policy_of
 from drafttrain.evaluation.replay import Tally, replay
 from drafttrain.evaluation.schema import Costs, Kind, SweepPoint
 from drafttrain.evaluation.trace_record import Record
@@ -112,8 +112,10 @@ def sweep(
     """
     longest = max((each.parameter or 0 for each in swept if each.kind == "fixed"), default=12)
     members = models.members()
-    policies: list[Policy] = [
-        policy_of(build(each.method, members).stop, head_of(each.method) or "head") for each in swept
+    drafters = [build(each.method, members) for each in swept]
+    policies = [
+        policy_of(drafter.stop, head_of(each.method) or "head", drafter.max_length)
+        for each, drafter in zip(swept, drafters, strict=True)
     ]
     everything = [*swept, Setting(ORACLE, "oracle", None)]
 

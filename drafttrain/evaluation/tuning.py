@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drafttrain.distributed import say
 from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.measure import costs_by_family
 from drafttrain.evaluation.pair import Models
@@ -68,8 +69,13 @@ def by_family(timings: Mapping[str, Timings], widths: int) -> dict[str, Costs]:
     return costs_by_family(families, baseline, widths)
 
 
-def stored_traces(run: RunFolder, models: Models, sampling: Sampling, accept_new_target: bool) -> Traces | None:
+def stored_traces(
+    run: RunFolder, models: Models, sampling: Sampling, longest: int, accept_new_target: bool
+) -> Traces | None:
     """The run's own traces of the tuning split, None where there are none for this decoding setting.
+
+    Nor are they of use if they do not follow the drafter as far as `longest` tokens: a rule that drafts on behind a
+    rejection would get those tokens for nothing.
 
     Raises:
         UserError: they were made for another target or drafter.
@@ -78,6 +84,12 @@ def stored_traces(run: RunFolder, models: Models, sampling: Sampling, accept_new
         return None
     manifest = read_manifest(run.traces, "traces")
     if manifest["sampling"] != dataclasses.asdict(sampling):
+        return None
+    if manifest["run_length"] < longest - 1:
+        say(
+            f"the run's traces hold {manifest['run_length']} tokens beyond a rejection, {longest - 1} are needed "
+            "(traces.run_length): the tuning prompts are traced anew"
+        )
         return None
     expect = {"fingerprints": {"target": models.target.fingerprint.to_dict()}}
     expect["fingerprints"]["drafter"] = models.drafter.fingerprint.to_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import keyword
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ def read_inputs(parsed: Parsed) -> Inputs:
     """
     run, recipe = RunFolder(parsed.run), parsed.recipe
     manifest = read_manifest(run.require(run.traces, "data_prep/traces.py"), "traces")
-    drafter = load_drafter(drafter_path(recipe, run))
+    # its states in the dtype that it is traced and served in
+    drafter = load_drafter(drafter_path(recipe, run), recipe.target.dtype, recipe.target.trust_remote_code)
     drafter.model.requires_grad_(False)
     expect = {"fingerprints": {"drafter": drafter.fingerprint.to_dict()}}
     records = read_records(run.traces, "traces", expect, COLUMNS, parsed.accept_new_target)
@@ -266,8 +268,11 @@ def _split(records: Dataset, name: str) -> Dataset:
 
 def _folder_name(name: str) -> str:
     taken = {"prompts", "responses", "drafter", "traces", "plots", "samples"}
-    if not name or name in taken or name != Path(name).name:
-        raise UserError(f"head.folder is {name!r}, but it must be a plain name that no other step uses.")
+    if not name.isidentifier() or keyword.iskeyword(name) or name in taken:
+        raise UserError(
+            f"head.folder is {name!r}, but it must be a name of letters, digits and _ that no other step uses: methods "
+            "are written with it."
+        )
     return name
 
 

@@ -18,11 +18,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from drafttrain.evaluation.tasks import KINDS, generate, kinds
+from drafttrain.evaluation.tasks import KINDS, Example, Turn, generate, kinds
+from drafttrain.evaluation.tasks.revise import instruction
+from drafttrain.evaluation.tasks.words import NOUNS
 
 CODE = "code"
 ECHO = "echo"
 """A stretch of random tokens, said again: nothing but copying can predict it, so that copying is learnt first."""
+LISTS = "lists"
+"""Keys of random tokens with one value or several, then all values of each key in turn: *recall* without words, dense
+in what is hard about it, which value comes next and when there is none left."""
+
+CHANGES = "changes"
+"""Lists of words and a change to them, asked for as in *revise*: the same lesson without sentences to copy."""
 
 BRIEF = ("revise", "self_correct")
 """Tasks kept brief: what has to be learnt is the change asked for, and there is one an example."""
@@ -62,7 +70,7 @@ class Blocks(Dataset):
     answer_weight: float = 24.0
     """what an answer weighs at least in all: short answers would drown among the long ones of *revise*"""
     edit_weight: float = 10.0
-    """what a token of a revision weighs where copying the passage would be wrong: there are one or two among a hundred"""
+    """what a token of a revision weighs where copying the passage on would be wrong: one or two of a hundred"""
     _count: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,8 +110,9 @@ class Blocks(Dataset):
 
     def _segment(self, stage: Stage, room: int, length: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         name = draw.choices(list(stage.mixture), weights=list(stage.mixture.values()))[0]
-        if name == ECHO:
-            return self._echo(draw)
+        drills = {ECHO: self._echo, LISTS: self._lists, CHANGES: self._changes}
+        if name in drills:
+            return drills[name](draw)
         size = min(room - 8, _size(name, length, draw))
         if name != CODE and size >= 60:
             kind = name if name in KINDS else draw.choice(kinds(name))
@@ -140,6 +149,43 @@ class Blocks(Dataset):
             for place, token in enumerate(stretch):
                 yield token, float(time > 0 and place > 0)
 
+    def _lists(self, draw: random.Random) -> Iterator[tuple[int, float]]:
+        def tokens(least: int, most: int) -> list[int]:
+            return [draw.randrange(len(self.tokenizer)) for _ in range(draw.randint(least, most))]
+
+        before, between, after = tokens(0, 2), tokens(1, 2), tokens(1, 1)
+        keys = [tokens(2, 3) for _ in range(draw.randint(2, 8))]
+        pairs = [(key, tokens(1, 3)) for key in range(len(keys)) for _ in range(draw.randint(1, 4))]
+        draw.shuffle(pairs)
+        needles = [(key, [*before, *keys[key], *between, *value, *after]) for key, value in pairs]
+        user, assistant = self.tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+        end = self.tokenizer.eos_token_id
+        document = [self.tokenizer.bos_token_id, user, *(token for _, needle in needles for token in needle)]
+        yield from ((token, 0.0) for token in document)
+        for asked in draw.sample(range(len(keys)), len(keys)):
+            yield from ((token, 0.0) for token in (*keys[asked], end, assistant))
+            answer = [token for key, needle in needles if key == asked for token in needle]
+            yield from ((token, 1.0) for token in (*answer, end))
+            yield user, 0.0
+
+    def _changes(self, draw: random.Random) -> Iterator[tuple[int, float]]:
+        old, new, *words = draw.sample(NOUNS, draw.randint(6, 40))
+        change = draw.choice(("replace", "remove", "append", "rename"))
+        units = [draw.choices(words, k=draw.randint(1, 4)) for _ in range(draw.randint(2, 8))]
+        marked = draw.sample(range(len(units)), {"remove": 1, "append": 0}.get(change, draw.randint(1, len(units))))
+        for at in marked:
+            units[at].insert(draw.randint(0, len(units[at])), old)
+        glue, end, unit = draw.choice(((" ", ".", "sentence"), ("\n", "", "line")))
+        said = [f"{' '.join(unit)}{end}" for unit in units]
+        added = f"{' '.join(draw.choices(words, k=draw.randint(1, 4)))}{end}"
+        answers = {
+            "remove": [line for at, line in enumerate(said) if at not in marked],
+            "append": [*said, added],
+        }
+        answer = answers.get(change, [" ".join(new if w == old else w for w in unit) + end for unit in units])
+        asked = f"{instruction(change, unit, old, new, added, draw)}\n\n{glue.join(said)}"
+        return self._chat(Example("revise", "revise/changes", 0, (Turn(asked, glue.join(answer)),)))
+
     def _code(self, size: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         start = draw.randrange(len(self.corpus) - size)
         if size:
@@ -158,7 +204,7 @@ def edits(passage: list[int], answer: list[int]) -> Iterator[int]:
 def _size(name: str, length: int, draw: random.Random) -> int:
     """Tokens of a segment: all orders of magnitude alike, and every third document as long as the row allows."""
     if name.split("/")[0] in BRIEF:
-        return int(math.exp(draw.uniform(math.log(80), math.log(min(length, 400)))))
+        return int(math.exp(draw.uniform(math.log(70), math.log(min(length, 300)))))
     if name != CODE and draw.random() < 1 / 3:
         return draw.randint(length // 2, length)
     return int(math.exp(draw.uniform(math.log(128), math.log(length))))

@@ -51,12 +51,12 @@ def make(change: str, rng: random.Random, room: Room, questions: int) -> tuple[T
     form = "code" if change == "rename" else rng.choice(("prose", "record"))
     old, new, *nouns = rng.sample(NOUNS, len(NOUNS))
     added = _FORMS[form](rng, nouns, rng.choice(nouns))
-    instruction = _instruction(change, _UNIT_NAME[form], old, new, added, rng)
-    room.take(instruction + (f"\n\n{added}" if change == "append" else "\n\n"))
+    asked = instruction(change, _UNIT_NAME[form], old, new, added, rng)
+    room.take(asked + (f"\n\n{added}" if change == "append" else "\n\n"))
     marked = _marked(change, form, rng, room, nouns, old)
     units = _scatter_in(rng, marked, _others(form, rng, room, nouns))
     passage = _join(form, units)
-    return (Turn(f"{instruction}\n\n{passage}", _revised(change, form, units, old, new, added)),)
+    return (Turn(f"{asked}\n\n{passage}", _revised(change, form, units, old, new, added)),)
 
 
 def _marked(change: str, form: str, rng: random.Random, room: Room, nouns: list[str], old: str) -> list[str]:
@@ -84,7 +84,8 @@ def _scatter_in(rng: random.Random, marked: list[str], units: list[str]) -> list
     return units
 
 
-def _instruction(change: str, unit: str, old: str, new: str, added: str, rng: random.Random) -> str:
+def instruction(change: str, unit: str, old: str, new: str, added: str, rng: random.Random) -> str:
+    """What is asked for: `change` of the word `old` (to `new`), or of a `unit` (line or sentence) that is `added`."""
     forms = {
         "replace": (f"Replace the word {old} by {new}.", f"Write {new} instead of {old}."),
         "remove": (f"Remove the {unit} that mentions {old}.", f"Leave out the {unit} about {old}."),
