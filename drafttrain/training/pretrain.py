@@ -30,7 +30,7 @@ from drafttrain.ops import causal_attention
 from drafttrain.recipe import PretrainConfig
 from drafttrain.run_folder import RunFolder
 from drafttrain.training.muon import MuonAdamW
-from drafttrain.training.pretrain_data import CHANGES, CODE, ECHO, LISTS, Blocks, Stage
+from drafttrain.training.pretrain_data import CHANGES, CODE, ECHO, Blocks, Stage
 
 PROBES = {"recall/multi_key/prose": 24, "recall/multi_value/distractors": 12, "revise/replace": 6}
 
@@ -144,7 +144,7 @@ def _stages(settings: list[dict]) -> list[Stage]:
         raise UserError(f"pretrain.stages: {error}; a stage has steps, tokens, lengths, mixture and jumps.") from None
     if not stages:
         raise UserError("pretrain.stages is empty; recipes/reference/target.yaml shows the stages of the reference.")
-    known = {CODE, ECHO, LISTS, CHANGES, *KINDS, *TASKS}
+    known = {CODE, ECHO, CHANGES, *KINDS, *TASKS}
     for stage in stages:
         if unknown := set(stage.mixture) - known:
             raise UserError(

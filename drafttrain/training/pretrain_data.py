@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 
 import numpy as np
 import torch
@@ -25,15 +24,11 @@ from drafttrain.evaluation.tasks.words import NOUNS
 CODE = "code"
 ECHO = "echo"
 """A stretch of random tokens, said again: nothing but copying can predict it, so that copying is learnt first."""
-LISTS = "lists"
-"""Keys of random tokens with one value or several, then all values of each key in turn: *recall* without words, dense
-in what is hard about it, which value comes next and when there is none left."""
-
 CHANGES = "changes"
 """Lists of words and a change to them, asked for as in *revise*: the same lesson without sentences to copy."""
 
-BRIEF = ("revise", "self_correct")
-"""Tasks kept brief: what has to be learnt is the change asked for, and there is one an example."""
+BRIEF = ("revise", "self_correct", "recall/multi_value")
+"""Tasks kept brief where a mixture names them: the change asked for, and the choice of a value, are learnt up close."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,8 @@ class Blocks(Dataset):
     seed: int = 0
     code_weight: float = 0.3
     prompt_weight: float = 0.03
-    answer_weight: float = 24.0
-    """what an answer weighs at least in all: short answers would drown among the long ones of *revise*"""
-    edit_weight: float = 10.0
-    """what a token of a revision weighs where copying the passage on would be wrong: one or two of a hundred"""
+    choice_weight: float = 8.0
+    """what a token of an answer weighs that copying on would not have told: a few among the many that it would"""
     _count: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +103,7 @@ class Blocks(Dataset):
 
     def _segment(self, stage: Stage, room: int, length: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         name = draw.choices(list(stage.mixture), weights=list(stage.mixture.values()))[0]
-        drills = {ECHO: self._echo, LISTS: self._lists, CHANGES: self._changes}
+        drills = {ECHO: self._echo, CHANGES: self._changes}
         if name in drills:
             return drills[name](draw)
         size = min(room - 8, _size(name, length, draw))
@@ -125,6 +118,7 @@ class Blocks(Dataset):
         tokenizer = self.tokenizer
         user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
         yield tokenizer.bos_token_id, 0.0
+        context: list[int] = []
         for turn in example.turns:
             yield user, 0.0
             prompt = tokenizer(turn.user, add_special_tokens=False)["input_ids"]
@@ -132,11 +126,10 @@ class Blocks(Dataset):
             yield tokenizer.eos_token_id, 0.0
             yield assistant, 0.0
             answer = [*tokenizer(turn.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            weights = [max(1.0, self.answer_weight / len(answer))] * len(answer)
-            if example.task == "revise":
-                for place in edits(prompt, answer):
-                    weights[place] = self.edit_weight
-            yield from zip(answer, weights, strict=True)
+            chosen = set(choices(context := context + prompt, answer))
+            for place, token in enumerate(answer):
+                yield token, self.choice_weight if place in chosen else 1.0
+            context = context + answer
 
     def _echo(self, draw: random.Random) -> Iterator[tuple[int, float]]:
         length = draw.randint(4, 96)
@@ -148,25 +141,6 @@ class Blocks(Dataset):
         for time in range(draw.randint(2, 3)):
             for place, token in enumerate(stretch):
                 yield token, float(time > 0 and place > 0)
-
-    def _lists(self, draw: random.Random) -> Iterator[tuple[int, float]]:
-        def tokens(least: int, most: int) -> list[int]:
-            return [draw.randrange(len(self.tokenizer)) for _ in range(draw.randint(least, most))]
-
-        before, between, after = tokens(0, 2), tokens(1, 2), tokens(1, 1)
-        keys = [tokens(2, 3) for _ in range(draw.randint(2, 8))]
-        pairs = [(key, tokens(1, 3)) for key in range(len(keys)) for _ in range(draw.randint(1, 4))]
-        draw.shuffle(pairs)
-        needles = [(key, [*before, *keys[key], *between, *value, *after]) for key, value in pairs]
-        user, assistant = self.tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
-        end = self.tokenizer.eos_token_id
-        document = [self.tokenizer.bos_token_id, user, *(token for _, needle in needles for token in needle)]
-        yield from ((token, 0.0) for token in document)
-        for asked in draw.sample(range(len(keys)), len(keys)):
-            yield from ((token, 0.0) for token in (*keys[asked], end, assistant))
-            answer = [token for key, needle in needles if key == asked for token in needle]
-            yield from ((token, 1.0) for token in (*answer, end))
-            yield user, 0.0
 
     def _changes(self, draw: random.Random) -> Iterator[tuple[int, float]]:
         old, new, *words = draw.sample(NOUNS, draw.randint(6, 40))
@@ -194,16 +168,23 @@ class Blocks(Dataset):
             yield int(token), self.code_weight
 
 
-def edits(passage: list[int], answer: list[int]) -> Iterator[int]:
-    """Places of an answer at which copying the passage on would be wrong, each with the one that leads back to it."""
-    for what, _, _, start, stop in SequenceMatcher(None, passage, answer, autojunk=False).get_opcodes():
-        if what != "equal":
-            yield from range(start, min(stop + 1, len(answer)))
+def choices(context: list[int], answer: list[int], order: int = 3) -> Iterator[int]:
+    """Places of an answer whose token does not follow from copying: what followed the same `order` tokens before.
+
+    Those are where a revision departs from its passage, where the next needle or value must be picked, where to end.
+    """
+    said = context + answer
+    followed: dict[tuple[int, ...], set[int]] = {}
+    for place in range(order, len(said)):
+        before = tuple(said[place - order : place])
+        if place >= len(context) and followed.get(before) != {said[place]}:
+            yield place - len(context)
+        followed.setdefault(before, set()).add(said[place])
 
 
 def _size(name: str, length: int, draw: random.Random) -> int:
     """Tokens of a segment: all orders of magnitude alike, and every third document as long as the row allows."""
-    if name.split("/")[0] in BRIEF:
+    if name.startswith(BRIEF):
         return int(math.exp(draw.uniform(math.log(70), math.log(min(length, 300)))))
     if name != CODE and draw.random() < 1 / 3:
         return draw.randint(length // 2, length)

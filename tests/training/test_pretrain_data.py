@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain.training.pretrain_data import Blocks, Stage, edits
+from drafttrain.training.pretrain_data import Blocks, Stage, choices
 
 
 @pytest.fixture
@@ -45,15 +45,13 @@ def test_positions_grow_and_jump_only_where_asked(blocks):
     assert torch.equal(plain[0], torch.arange(plain.shape[1]))
 
 
-def test_answers_weigh_more_than_documents(blocks):
+def test_choices_weigh_more_than_copies_and_those_more_than_documents(blocks):
     weights = blocks[3]["weights"]
-    assert {0.0, 1.0} <= set(weights.unique().tolist())
-    assert (weights == 1.0).sum() > 100
-    assert max(float(blocks[number]["weights"].max()) for number in range(3)) > 1.0  # a short answer
+    assert {0.0, 1.0, blocks.choice_weight} <= set(weights.unique().tolist())
+    assert (weights == 1.0).sum() > (weights == blocks.choice_weight).sum() > 0
 
 
-def test_edits_are_where_an_answer_departs_from_the_passage_and_where_it_comes_back():
+def test_choices_are_what_copying_on_does_not_tell():
     passage = [9, 8, 7, 1, 2, 3, 4, 5, 6]
-    assert list(edits(passage, [1, 2, 30, 4, 5, 6])) == [0, 2, 3]  # replaced; the start leaves the instruction out
-    assert list(edits(passage, [9, 8, 7, 1, 2, 5, 6])) == [5]  # removed
-    assert list(edits(passage, [*passage, 10, 11])) == [9, 10]  # appended
+    assert list(choices(passage, [7, 1, 2, 3, 40, 5, 6])) == [0, 1, 2, 4, 5, 6]  # copying begins, and is left
+    assert list(choices([1, 2, 3, 4, 1, 2, 3, 5], [1, 2, 3, 4])) == [0, 1, 2, 3]  # two ways to go on
