@@ -1,7 +1,8 @@
 """Recall: values hidden in a document under keys, asked for by key.
 
 A needle reads "The code for amber-fox is 48213." (or a password, a pair of words); keys of a document are unique except
-where one key is given several values on purpose. The answer quotes the needles asked for: what leads to a value is then
+where one key is given several values on purpose, which are counted ("The second code for ..."), so that their order is
+no matter of taste. The answer quotes the needles asked for: what leads to a value is then
 what led to it in the document, which is how a small model finds it.
 """
 
@@ -16,7 +17,9 @@ from drafttrain.evaluation.tasks.words import ADJECTIVES, NOUNS
 _EXTRA_KEYS = 3
 _ONE = ("What is the {what} for {keys}?", "Give the {what} for {keys}.", "Which {what} belongs to {keys}?")
 _MANY = ("What are the {what}s for {keys}?", "Give the {what}s for {keys}.", "Which {what}s belong to {keys}?")
-_ALL = ("What are all the {what}s for {keys}?", "Give all the {what}s for {keys}.", "List every {what} for {keys}.")
+_ALL = ("What are the {number} {what}s for {keys}?", "Give the {number} {what}s for {keys}.")
+_COUNTED = ("first", "second", "third")
+_NUMBERS = ("one", "two", "three")
 
 
 class Vault:
@@ -36,10 +39,14 @@ class Vault:
             return self._fresh(lambda: str(self._rng.randrange(10_000, 100_000)))
         return self._fresh(lambda: "-".join(self._rng.sample(NOUNS, 2)))
 
+    def needle(self, key: str, counted: str = "") -> str:
+        """A sentence that ties a value to a key."""
+        return f"The {counted}{self.what} for {key} is {self.value()}."
+
     def distractors(self) -> Iterator[str]:
         """Needles of other keys, without end."""
         while True:
-            yield _needle(self.what, self.key(), self.value())
+            yield self.needle(self.key())
 
     def _fresh(self, draw: Callable[[], str]) -> str:
         while (text := draw()) in self._used:
@@ -48,17 +55,12 @@ class Vault:
         return text
 
 
-def _needle(what: str, key: str, value: str) -> str:
-    """The sentence that ties a value to a key."""
-    return f"The {what} for {key} is {value}."
-
-
 def make(hunt: str, hay: str, rng: random.Random, room: Room, questions: int) -> tuple[Turn, ...]:
     """One document and its questions. `hunt` says what is asked, `hay` what the needles hide in."""
     vault = Vault(rng)
     needles = _needles(hunt, vault, rng, questions)
     turns = _questions(hunt, vault.what, needles, rng, questions)
-    lines = [_needle(vault.what, key, value) for key, value in needles]
+    lines = [sentence for _, sentence in needles]
     for text in (*lines, *(turn.user for turn in turns), *(turn.answer for turn in turns)):
         room.take(text)
     if hay == "distractors":
@@ -68,13 +70,13 @@ def make(hunt: str, hay: str, rng: random.Random, room: Room, questions: int) ->
 
 
 def _needles(hunt: str, vault: Vault, rng: random.Random, questions: int) -> list[tuple[str, str]]:
-    """Keys with their values, in document order."""
+    """Keys with the sentences about them, in document order."""
     keys = [vault.key() for _ in range(questions + (hunt in ("multi_key", "multi_query")) * _EXTRA_KEYS)]
     if hunt != "multi_value":
-        return [(key, vault.value()) for key in keys]
-    pairs = [(key, vault.value()) for key in keys for _ in range(rng.randint(2, 3))]
-    rng.shuffle(pairs)
-    return pairs
+        return [(key, vault.needle(key)) for key in keys]
+    owners = [key for key in keys for _ in range(rng.randint(2, len(_COUNTED)))]
+    rng.shuffle(owners)
+    return [(key, vault.needle(key, f"{_COUNTED[owners[:at].count(key)]} ")) for at, key in enumerate(owners)]
 
 
 def _questions(hunt: str, what: str, needles: list[tuple[str, str]], rng: random.Random, questions: int) -> list[Turn]:
@@ -89,9 +91,9 @@ def _questions(hunt: str, what: str, needles: list[tuple[str, str]], rng: random
 
 def _question(form: str, what: str, asked: list[str], needles: list[tuple[str, str]]) -> Turn:
     """Needles in the order their keys are asked; those of one key in order of appearance."""
-    quoted = [_needle(what, key, value) for owner in asked for key, value in needles if key == owner]
+    quoted = [sentence for owner in asked for key, sentence in needles if key == owner]
     keys = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + f" and {asked[-1]}"
-    return Turn(form.format(what=what, keys=keys), " ".join(quoted))
+    return Turn(form.format(what=what, keys=keys, number=_NUMBERS[len(quoted) - 1]), " ".join(quoted))
 
 
 _MIN_LENGTH = {"single": 80, "multi_key": 120, "multi_value": 120, "multi_query": 120}

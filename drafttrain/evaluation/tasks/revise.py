@@ -87,7 +87,7 @@ def _scatter_in(rng: random.Random, marked: list[str], units: list[str]) -> list
 def instruction(change: str, unit: str, old: str, new: str, added: str, rng: random.Random) -> str:
     """What is asked for: `change` of the word `old` (to `new`), or of a `unit` (line or sentence) that is `added`."""
     forms = {
-        "replace": (f"Replace the word {old} by {new}.", f"Write {new} instead of {old}."),
+        "replace": (f"Replace the word {old} by {new}.", f"Change the word {old} to {new}."),
         "remove": (f"Remove the {unit} that mentions {old}.", f"Leave out the {unit} about {old}."),
         "append": (f"Add this {unit} at the end: {added}", f"End with this {unit}: {added}"),
         "rename": (f"Rename {old} to {new}.", f"Change the name {old} to {new}."),
