@@ -144,21 +144,23 @@ class Blocks(Dataset):
 
     def _changes(self, draw: random.Random) -> Iterator[tuple[int, float]]:
         old, new, *words = draw.sample(NOUNS, draw.randint(6, 40))
-        change = draw.choice(("replace", "remove", "append", "rename"))
-        units = [draw.choices(words, k=draw.randint(1, 4)) for _ in range(draw.randint(2, 8))]
-        marked = draw.sample(range(len(units)), {"remove": 1, "append": 0}.get(change, draw.randint(1, len(units))))
-        for at in marked:
-            units[at].insert(draw.randint(0, len(units[at])), old)
-        glue, end, unit = draw.choice(((" ", ".", "sentence"), ("\n", "", "line")))
-        said = [f"{' '.join(unit)}{end}" for unit in units]
-        added = f"{' '.join(draw.choices(words, k=draw.randint(1, 4)))}{end}"
-        answers = {
-            "remove": [line for at, line in enumerate(said) if at not in marked],
-            "append": [*said, added],
-        }
-        answer = answers.get(change, [" ".join(new if w == old else w for w in unit) + end for unit in units])
-        asked = f"{instruction(change, unit, old, new, added, draw)}\n\n{glue.join(said)}"
-        return self._chat(Example("revise", "revise/changes", 0, (Turn(asked, glue.join(answer)),)))
+        change = draw.choice(("replace", "rename", "append", "prepend"))
+        lines = [draw.choices(words, k=draw.randint(1, 4)) for _ in range(draw.randint(2, 8))]
+        if change in ("replace", "rename"):
+            for line in draw.sample(lines, draw.randint(1, len(lines))):
+                line.insert(draw.randint(0, len(line)), old)
+        start, glue = ("", ",") if change == "rename" else ("- ", " ")
+
+        def text(*lines: list[str]) -> str:
+            return "\n".join(start + glue.join(line) for line in lines)
+
+        added = draw.choices(words, k=draw.randint(1, 4))
+        asked = f"{instruction(change, 'line', old, new, text(added), draw)}\n\n{text(*lines)}"
+        if change in ("append", "prepend"):
+            answer = text(*lines, added) if change == "append" else text(added, *lines)
+        else:
+            answer = text(*([new if word == old else word for word in line] for line in lines))
+        return self._chat(Example("revise", "revise/changes", 0, (Turn(asked, answer),)))
 
     def _code(self, size: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         start = draw.randrange(len(self.corpus) - size)

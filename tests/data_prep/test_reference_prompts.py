@@ -57,7 +57,7 @@ def test_another_seed_gives_other_prompts_and_the_same_seed_the_same():
 
 def test_a_task_goes_round_its_kinds_and_a_kind_stays():
     assert {each.kind for each in make({"revise": 4})} == {kind for kind in KINDS if kind.startswith("revise/")}
-    assert {each.kind for each in make({"revise/remove": 3})} == {"revise/remove"}
+    assert {each.kind for each in make({"revise/prepend": 3})} == {"revise/prepend"}
 
 
 def test_the_default_mixture_has_every_task_and_nothing_in_it_is_a_near_duplicate():

@@ -29,11 +29,11 @@ def _code_unit(rng: random.Random, nouns: list[str], subject: str) -> str:
     verb, thing, number = rng.choice(VERBS), rng.choice(nouns), rng.randrange(1, 100)
     match rng.randrange(4):
         case 0:
-            return f"{thing} = {verb}({subject}, {number})"
+            return f"{thing}={verb}({subject},{number})"
         case 1:
-            return f"{subject} = {thing} + {number}"
+            return f"{subject}={thing}+{number}"
         case 2:
-            return f"{verb}({thing}, {subject})"
+            return f"{verb}({thing},{subject})"
         case _:
             return f"{subject}.{verb}({thing})"
 
@@ -52,7 +52,7 @@ def make(change: str, rng: random.Random, room: Room, questions: int) -> tuple[T
     old, new, *nouns = rng.sample(NOUNS, len(NOUNS))
     added = _FORMS[form](rng, nouns, rng.choice(nouns))
     asked = instruction(change, _UNIT_NAME[form], old, new, added, rng)
-    room.take(asked + (f"\n\n{added}" if change == "append" else "\n\n"))
+    room.take(asked + "\n\n" + (added if change in ("append", "prepend") else ""))
     marked = _marked(change, form, rng, room, nouns, old)
     units = _scatter_in(rng, marked, _others(form, rng, room, nouns))
     passage = _join(form, units)
@@ -61,7 +61,7 @@ def make(change: str, rng: random.Random, room: Room, questions: int) -> tuple[T
 
 def _marked(change: str, form: str, rng: random.Random, room: Room, nouns: list[str], old: str) -> list[str]:
     """The units that mention the word at stake: one, or as many as drawn while they fit."""
-    times = {"replace": rng.randint(1, 3), "remove": 1, "append": 1, "rename": rng.randint(1, 4)}[change]
+    times = {"replace": rng.randint(1, 3), "rename": rng.randint(1, 4)}.get(change, 1)
     units = [_FORMS[form](rng, nouns, old) for _ in range(times)]
     room.take(2 * f"{units[0]}\n")
     return units[:1] + [unit for unit in units[1:] if room.put(unit + "\n", times=2)]
@@ -88,9 +88,9 @@ def instruction(change: str, unit: str, old: str, new: str, added: str, rng: ran
     """What is asked for: `change` of the word `old` (to `new`), or of a `unit` (line or sentence) that is `added`."""
     forms = {
         "replace": (f"Replace the word {old} by {new}.", f"Change the word {old} to {new}."),
-        "remove": (f"Remove the {unit} that mentions {old}.", f"Leave out the {unit} about {old}."),
-        "append": (f"Add this {unit} at the end: {added}", f"End with this {unit}: {added}"),
-        "rename": (f"Rename {old} to {new}.", f"Change the name {old} to {new}."),
+        "rename": (f"Rename `{old}` to `{new}`.", f"Change the name `{old}` to `{new}`."),
+        "append": (f"Add this {unit} at the end:\n{added}", f"End with this {unit}:\n{added}"),
+        "prepend": (f"Add this {unit} at the start:\n{added}", f"Begin with this {unit}:\n{added}"),
     }
     return rng.choice(forms[change])
 
@@ -98,15 +98,11 @@ def instruction(change: str, unit: str, old: str, new: str, added: str, rng: ran
 def _revised(change: str, form: str, units: list[str], old: str, new: str, added: str) -> str:
     if change == "append":
         return _join(form, [*units, added])
-    if change == "remove":
-        return _join(form, [unit for unit in units if not _mentions(old, unit)])
+    if change == "prepend":
+        return _join(form, [added, *units])
     return re.sub(rf"\b{old}\b", new, _join(form, units))
 
 
-def _mentions(word: str, text: str) -> bool:
-    return re.search(rf"\b{word}\b", text) is not None
-
-
 KINDS = tuple(
-    Kind(f"revise/{change}", 60, partial(make, change)) for change in ("replace", "remove", "append", "rename")
+    Kind(f"revise/{change}", 60, partial(make, change)) for change in ("replace", "rename", "append", "prepend")
 )
