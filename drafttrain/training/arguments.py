@@ -65,9 +65,15 @@ def training_arguments(
         if name in fixed and arguments[name] != fixed[name]:
             raise UserError(f"{section}.arguments.{name} is set by the program to {fixed[name]}; remove it.")
     try:
-        return TrainingArguments(**{**defaults, **arguments, **fixed})
+        return on_one_device(TrainingArguments(**{**defaults, **arguments, **fixed}))
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"{section}.arguments cannot be used: {' '.join(str(error).split()).rstrip('.')}.") from error
+
+
+def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """A process without launcher takes one GPU of several, not nn.DataParallel, which would split what a batch is."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _placement(arguments: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -83,9 +89,9 @@ def _placement(arguments: Mapping[str, Any], section: str) -> dict[str, Any]:
         raise UserError(
             f"{section}.arguments.deepspeed needs a launcher; start the program with deepspeed or accelerate."
         )
-    if torch.accelerator.is_available():
+    if torch.cuda.is_available():
         return {}
-    if not deepspeed:
+    if not deepspeed:  # other accelerators too: models are loaded to CUDA or the CPU, and Apple's has no float64
         return {"use_cpu": True}
     _join_on_cpu()
     return {"accelerator_config": {"use_configured_state": True}}

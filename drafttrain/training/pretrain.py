@@ -5,7 +5,9 @@ a later end, and a finished one can be continued from its weights. Reads RUN/cor
 goes, resumes where it was killed, and leaves the model in RUN/target.
 """
 
+import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -26,11 +28,15 @@ from drafttrain.errors import UserError
 from drafttrain.evaluation.answers import answer_examples, code_loss, held_out_examples
 from drafttrain.evaluation.tasks import KINDS, TASKS
 from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
+from drafttrain.models.fingerprint import tokenizer_hash
+from drafttrain.models.loading import load_causal_lm, load_tokenizer
 from drafttrain.ops import causal_attention
 from drafttrain.recipe import PretrainConfig
-from drafttrain.run_folder import RunFolder
+from drafttrain.run_folder import RunFolder, write_atomically
+from drafttrain.training.arguments import on_one_device
 from drafttrain.training.muon import MuonAdamW
 from drafttrain.training.pretrain_data import CHANGES, CODE, ECHO, Blocks, Stage
+from drafttrain.training.work_folder import last_checkpoint
 
 PROBES = {"recall/multi_key/prose": 24, "recall/multi_value/distractors": 12, "revise/replace": 6}
 
@@ -60,10 +66,20 @@ class PretrainTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object) -> Tensor:
-        """The block's weighted loss, under bf16 autocast."""
+        """The block's weighted loss, under bf16 autocast.
+
+        Raises:
+            UserError: it is not a number; nothing was updated with it.
+        """
         # the Trainer's own autocast wraps model.forward, which the loss goes around
         with torch.autocast(self.args.device.type, torch.bfloat16):
-            return weighted_loss(model, **inputs)
+            loss = weighted_loss(model, **inputs)
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.state.global_step}; lower pretrain.learning_rate. "
+                "Checkpoints before it are kept."
+            )
+        return loss
 
 
 class Probe(TrainerCallback):
@@ -112,18 +128,18 @@ def pretrain(parsed: Parsed) -> None:
     """The verb: train RUN/target, or with --plan say what would be trained.
 
     Raises:
-        UserError: no corpus in the run folder, or a stage that cannot be.
+        UserError: no corpus in the run folder, a stage that cannot be, or as `train`.
     """
     folder = RunFolder(parsed.run)
     settings = parsed.recipe.pretrain
     stages = _stages(settings.stages)
+    if not (folder.path / "corpus" / "train.npy").is_file():
+        raise UserError(f"{folder.path} holds no corpus; run data_prep/corpus.py with the same --run first.")
     if parsed.plan:
         steps = sum(stage.steps for stage in stages)
         tokens = sum(stage.steps * stage.tokens for stage in stages)
         print(f"would train {steps} steps, {tokens / 1e6:.1f}M tokens, into {folder.path}")
         return
-    if not (folder.path / "corpus" / "train.npy").is_file():
-        raise UserError(f"{folder.path} holds no corpus; run data_prep/corpus.py with the same --run first.")
     folder.record(parsed, "drafttrain pretrain")
     model, tokenizer = train(folder.path, settings, stages)
     info = CheckpointInfo(
@@ -154,12 +170,16 @@ def _stages(settings: list[dict]) -> list[Stage]:
 
 
 def train(run: Path, settings: PretrainConfig, stages: list[Stage]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train, or go on training, the model of a run folder that holds `corpus/`; returns it with its final weights."""
+    """Train, or go on training, the model of a run folder that holds `corpus/`; returns it with its final weights.
+
+    Raises:
+        UserError: `init_from` is no such model or has another tokenizer, or the loss is no number.
+    """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "corpus" / "tokenizer")
     held_out = torch.from_numpy(np.load(run / "corpus" / "held_out.npy").astype(np.int32))
     model = new_model(settings.model, tokenizer, settings.seed)
     if settings.init_from:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(settings.init_from, dtype="float32").state_dict())
+        _take_weights(model, tokenizer, settings.init_from)
     _compile(model)
     blocks = Blocks(
         stages, np.load(run / "corpus" / "train.npy"), tokenizer, model.config.max_position_embeddings, settings.seed
@@ -176,10 +196,35 @@ def train(run: Path, settings: PretrainConfig, stages: list[Stage]) -> tuple[Lla
         optimizers=(optimizer, schedule),
         callbacks=[Probe(run, tokenizer, held_out, settings.save_every)],
     )
-    started = any((run / "pretrain").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=started or None)
+    checkpoint = last_checkpoint(run / "pretrain")
+    _note_settings(run / "pretrain", settings, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.set_attn_implementation("sdpa")
     return model, tokenizer
+
+
+def _take_weights(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    if tokenizer_hash(load_tokenizer(path)) != tokenizer_hash(tokenizer):
+        raise UserError(
+            f"pretrain.init_from {path} has another tokenizer than the corpus; name a model trained on this corpus."
+        )
+    try:
+        model.load_state_dict(load_causal_lm(path, dtype="float32").state_dict())
+    except RuntimeError as error:
+        detail = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"pretrain.init_from {path} has another shape than pretrain.model ({detail}).") from None
+
+
+def _note_settings(work: Path, settings: PretrainConfig, checkpoint: Path | None) -> None:
+    """Keep the settings beside the checkpoints; say so where a run goes on with others, which a longer one does."""
+    note, wanted = work / "settings.json", json.loads(json.dumps(dataclasses.asdict(settings)))
+    if checkpoint is not None and note.is_file():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        changed = [name for name, value in wanted.items() if before.get(name) != value]
+        if changed:
+            print(f"going on from {checkpoint}, trained so far with other pretrain settings: {', '.join(changed)}")
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, json.dumps(wanted, indent=1) + "\n")
 
 
 def _compile(model: LlamaForCausalLM) -> None:
@@ -191,7 +236,7 @@ def _compile(model: LlamaForCausalLM) -> None:
 
 
 def _arguments(run: Path, settings: PretrainConfig, steps: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run / "pretrain"),
         max_steps=steps,
         per_device_train_batch_size=1,
@@ -199,8 +244,10 @@ def _arguments(run: Path, settings: PretrainConfig, steps: int) -> TrainingArgum
         save_steps=settings.save_every,
         save_total_limit=2,
         logging_steps=20,
+        logging_nan_inf_filter=False,
         report_to=[],
         seed=settings.seed,
         remove_unused_columns=False,
         disable_tqdm=not os.isatty(1),
     )
+    return on_one_device(arguments)

@@ -1,13 +1,34 @@
 """Training from nothing: the schedule, the optimizer and a run that is cut short."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from drafttrain.config import parse
 from drafttrain.errors import UserError
 from drafttrain.recipe import PretrainConfig
 from drafttrain.training.muon import MuonAdamW
-from drafttrain.training.pretrain import _stages, train, warmup_stable_decay
+from drafttrain.training.pretrain import _note_settings, _stages, _take_weights, pretrain, train, warmup_stable_decay
+from tests.conftest import build_llama, build_tokenizer
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "reference" / "target.yaml"
+SETTINGS = PretrainConfig(
+    model={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    stages=[{"steps": 6, "tokens": 256, "lengths": {256: 1.0}, "mixture": {"code": 1.0}}],
+    warmup_steps=2,
+    decay_steps=2,
+    save_every=3,
+)
+
+
+def save_corpus(run, tokenizer):
+    tokenizer.save_pretrained(run / "corpus" / "tokenizer")
+    tokens = (np.arange(20_000) * 7 % 60 + 6).astype(np.uint16)
+    for name in ("train", "held_out"):
+        np.save(run / "corpus" / f"{name}.npy", tokens)
 
 
 def test_the_rate_rises_stays_and_falls():
@@ -39,30 +60,62 @@ def test_an_unknown_task_in_a_stage_is_one_sentence():
         _stages([{**stage, "lenghts": {}}])
 
 
+def test_the_plan_fails_on_what_the_run_would_fail_on(tmp_path):
+    with pytest.raises(UserError, match=r"holds no corpus; run data_prep/corpus\.py"):
+        pretrain(parse("", ("pretrain",), ["--config", str(RECIPE), "--run", str(tmp_path), "--plan"]))
+
+
+def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("drafttrain.training.pretrain._compile", lambda model: None)
+    monkeypatch.setattr(
+        "drafttrain.training.pretrain.weighted_loss", lambda model, **_: model.lm_head.weight.sum() * float("nan")
+    )
+    save_corpus(tmp_path, tiny_tokenizer)
+    with pytest.raises(UserError, match=r"the loss is nan at step 0; lower pretrain\.learning_rate"):
+        train(tmp_path, SETTINGS, _stages(SETTINGS.stages))
+
+
+def test_weights_to_start_from_are_taken_only_where_they_belong(tmp_path, tiny_target, tiny_tokenizer):
+    def save(name, model, tokenizer):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    earlier = build_llama(len(tiny_tokenizer), seed=7)
+    _take_weights(tiny_target, tiny_tokenizer, save("earlier", earlier, tiny_tokenizer))
+    assert all(torch.equal(weight, earlier.state_dict()[name]) for name, weight in tiny_target.state_dict().items())
+    foreign = save("foreign", earlier, build_tokenizer(280))
+    with pytest.raises(UserError, match="foreign has another tokenizer than the corpus"):
+        _take_weights(tiny_target, tiny_tokenizer, foreign)
+    small = save("small", build_llama(len(tiny_tokenizer), hidden=16), tiny_tokenizer)
+    with pytest.raises(UserError, match=r"another shape than pretrain\.model") as error:
+        _take_weights(tiny_target, tiny_tokenizer, small)
+    assert "\n" not in str(error.value)
+
+
+def test_going_on_with_other_settings_is_said(tmp_path, capsys):
+    _note_settings(tmp_path, SETTINGS, None)
+    _note_settings(tmp_path, SETTINGS, tmp_path / "checkpoint-3")
+    assert not capsys.readouterr().out
+    _note_settings(tmp_path, dataclasses.replace(SETTINGS, learning_rate=1.0), tmp_path / "checkpoint-3")
+    said = capsys.readouterr().out
+    assert "checkpoint-3" in said and said.endswith("learning_rate\n") and said.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("drafttrain.training.pretrain._compile", lambda model: None)
     monkeypatch.setattr("drafttrain.training.pretrain.PROBES", {})
-    settings = PretrainConfig(
-        model={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-        stages=[{"steps": 6, "tokens": 256, "lengths": {256: 1.0}, "mixture": {"code": 1.0}}],
-        warmup_steps=2,
-        decay_steps=2,
-        save_every=3,
-    )
-    finals = {}
+    finals, stages = {}, _stages(SETTINGS.stages)
     for name in ("whole", "killed"):
-        corpus = tmp_path / name / "corpus"
-        tiny_tokenizer.save_pretrained(corpus / "tokenizer")
-        tokens = (np.arange(20_000) * 7 % 60 + 6).astype(np.uint16)
-        np.save(corpus / "train.npy", tokens)
-        np.save(corpus / "held_out.npy", tokens)
+        save_corpus(tmp_path / name, tiny_tokenizer)
         if name == "killed":
             with monkeypatch.context() as patch:
                 patch.setattr("drafttrain.training.pretrain.Probe.on_step_end", _die_after(4))
                 with pytest.raises(KeyboardInterrupt):
-                    train(tmp_path / name, settings, _stages(settings.stages))
-        finals[name], _ = train(tmp_path / name, settings, _stages(settings.stages))
+                    train(tmp_path / name, SETTINGS, stages)
+            (tmp_path / name / "pretrain" / "checkpoint-4").mkdir()  # killed while saving
+        finals[name], _ = train(tmp_path / name, SETTINGS, stages)
     for name, weight in finals["whole"].state_dict().items():
         assert torch.equal(weight, finals["killed"].state_dict()[name]), name
 
