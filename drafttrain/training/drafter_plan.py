@@ -22,19 +22,20 @@ from drafttrain.models.drafters import inner, sketch_drafter, without_storage
 from drafttrain.models.fingerprint import Fingerprint, architecture_hash, tokenizer_hash
 from drafttrain.models.loading import DTYPES, Loaded, check_folder, default_device, load_tokenizer, max_context
 from drafttrain.run_folder import RunFolder, require_space
-from drafttrain.training.drafter_data import ResponseDataset, marked, read_responses, require_trainable
+from drafttrain.training.drafter_data import ResponseDataset, Row, marked, read_responses, require_trainable
 from drafttrain.training.drafter_program import (
     WORK_FOLDER,
     check_settings,
     drafter_arguments,
-    global_batch,
     left_out,
     longest,
     zero_stage,
 )
+from drafttrain.training.held_out import TOKENS
+from drafttrain.training.work_folder import global_batch
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PretrainedConfig, TrainingArguments
 
 EFFICIENCY = 0.4
 """Share of a device's matrix speed that training is taken to reach in the estimate of time."""
@@ -48,11 +49,13 @@ class Shapes:
         target: its model has no storage.
         drafter: likewise.
         target_bytes: per weight of the target, as it is loaded.
+        cache_bytes: per key or value, and per weight of the drafter while it decodes.
     """
 
     target: Loaded
     drafter: nn.Module
     target_bytes: float
+    cache_bytes: int
 
     @property
     def context(self) -> int:
@@ -90,7 +93,7 @@ def plan(parsed: Parsed) -> None:
     for line in (
         *_data(data, held_out),
         *_work(parsed, shapes, arguments, data),
-        *_memory(parsed, shapes, arguments, data, stage),
+        *_memory(parsed, shapes, arguments, data, held_out, stage),
         _disk(run.path, shapes, arguments, data),
         _time(shapes, arguments, data),
     ):
@@ -114,16 +117,19 @@ def read_shapes(parsed: Parsed) -> Shapes:
     model = without_storage(config)
     prints = Fingerprint(tokenizer_hash(tokenizer), architecture_hash(config), "")
     target = Loaded(model, tokenizer, prints, settings.path)
-    return Shapes(target, sketch_drafter(parsed.recipe.drafter, target), _bytes_per_weight(settings, config.dtype))
+    served = (DTYPES.get(settings.dtype) or config.dtype or torch.float32).itemsize
+    drafter = sketch_drafter(parsed.recipe.drafter, target)
+    return Shapes(target, drafter, _bytes_per_weight(settings, served), served)
 
 
-def _bytes_per_weight(settings: TargetConfig, stored: torch.dtype | None) -> float:
+def _bytes_per_weight(settings: TargetConfig, served: int) -> float:
+    """Of a target whose values take `served` bytes where they are not quantized."""
     quantization = settings.quantization or {}
     if quantization.get("load_in_4bit") or quantization.get("bits") == 4:
         return 0.56  # with the scales
     if quantization:
         return 1.06
-    return float((DTYPES.get(settings.dtype) or stored or torch.float32).itemsize)
+    return float(served)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +164,12 @@ def _steps(arguments: TrainingArguments, data: ResponseDataset) -> int:
 
 
 def _memory(
-    parsed: Parsed, shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset, stage: int
+    parsed: Parsed,
+    shapes: Shapes,
+    arguments: TrainingArguments,
+    data: ResponseDataset,
+    held_out: ResponseDataset,
+    stage: int,
 ) -> list[str]:
     """Bytes on one device by what they are for; ZeRO and FSDP divide some of them."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -170,17 +181,48 @@ def _memory(
     moments = 2 if "8bit" in arguments.optim else 8
     tokens = arguments.per_device_train_batch_size * max(data.lengths)
     head = inner(drafter).get_output_embeddings().weight
+    caches = _caches(parsed, shapes, arguments, data, held_out)
     parts = {
         "target": _count(shapes.target.model) * shapes.target_bytes / weights_split,
         "drafter, gradients and optimizer": _count(drafter) * size / weights_split
         + trained * (size + moments) / state_split,
-        "copy of the drafter that decodes": _count(drafter) * shapes.target_bytes,
+        "copy of the drafter that decodes": _count(drafter) * shapes.cache_bytes if caches else 0,
+        "keys and values while decoding": caches,
         "activations": tokens * _activation(config, arguments),
         "output heads": head.numel() * 4 + 8 * 4 * parsed.recipe.training.chunk_tokens * len(head),
     }
     lines = [f"  {_gigabytes(value):>10}  {name}" for name, value in parts.items()]
     split = f" of {world}" if world > 1 else ""
     return [f"memory of one process{split}: {_gigabytes(sum(parts.values()))}", *lines]
+
+
+def _caches(
+    parsed: Parsed, shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset, held_out: ResponseDataset
+) -> int:
+    """Bytes of keys and values: of both models while tau is measured, of the drafter while it writes on-policy."""
+    training = parsed.recipe.training
+    target, drafter = (
+        cache_values(model.config.get_text_config()) for model in (shapes.target.model, inner(shapes.drafter))
+    )
+    values = 0
+    if training.tau_evaluations and len(held_out):
+        rows = min(arguments.per_device_eval_batch_size, training.tau_prompts, len(held_out))
+        values = rows * max(_decoded(row) for row in held_out.select(len(held_out))) * (target + drafter)
+    if training.on_policy_fraction:
+        values = max(values, arguments.per_device_train_batch_size * max(data.lengths) * drafter)
+    return values * shapes.cache_bytes
+
+
+def _decoded(row: Row) -> int:
+    """Tokens of a held-out prompt and of what is decoded behind it."""
+    return min(row["prompt_length"] + TOKENS, len(row["input_ids"]))
+
+
+def cache_values(config: PretrainedConfig) -> int:
+    """Keys and values of one token in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size
 
 
 def _activation(config: object, arguments: TrainingArguments) -> float:

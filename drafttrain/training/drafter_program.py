@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from drafttrain.config import Parsed, Recipe, TargetConfig, TrainingConfig, resolve_path
 from drafttrain.dialogue import end_tokens
-from drafttrain.distributed import barrier, is_main, say, world_size
+from drafttrain.distributed import barrier, is_main, say
 from drafttrain.errors import UserError
 from drafttrain.models.checkpoint import CheckpointInfo, license_of, read_info, save_checkpoint
 from drafttrain.models.drafters import build_drafter, inner
@@ -24,6 +23,7 @@ from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import check_arguments, training_arguments
 from drafttrain.training.drafter_data import Collator, Epochs, ResponseDataset, read_responses, require_trainable
 from drafttrain.training.losses import mixed
+from drafttrain.training.work_folder import clear_unless_same, global_batch, last_checkpoint, remove, step_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,20 +77,20 @@ def train_drafter(parsed: Parsed) -> None:
     """
     check_settings(parsed.recipe)
     run = RunFolder(parsed.run).create()
-    inputs = read_inputs(parsed)
+    inputs, folder = read_inputs(parsed), run.path / WORK_FOLDER
     if is_finished(run, inputs.key):
         say(f"{run.drafter} is already trained with these settings.")
+        remove(folder)
         return
-    from drafttrain.training.drafter_trainer import last_checkpoint
+    from drafttrain.training.drafter_trainer import is_complete
 
     run.record(parsed, "drafttrain/train_drafter.py")
     if inputs.train.dropped:
         say(left_out(inputs.train))
-    folder = run.path / WORK_FOLDER
     # TrainingArguments comes after the models: DeepSpeed's would partition them while they are loaded.
     arguments = drafter_arguments(parsed.recipe, folder)
-    _clear_unless_same(folder, f"{inputs.key} {global_batch(arguments)} {world_size()}")
-    checkpoint = last_checkpoint(folder)
+    clear_unless_same(folder, inputs.key, arguments)
+    checkpoint = last_checkpoint(folder, is_complete)
     trainer = make_trainer(parsed.recipe, inputs, arguments, run.path, checkpoint)
     store_states(trainer, inputs, folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -99,7 +99,7 @@ def train_drafter(parsed: Parsed) -> None:
         log = json.dumps(trainer.state.log_history, indent=1) + "\n"
         write_atomically(run.path / LOG, log)
         save_drafter(run, drafter, trainer, parsed, inputs)
-        shutil.rmtree(folder)
+        remove(folder)
     barrier()
     say(_summary(run, trainer))
 
@@ -230,7 +230,7 @@ def make_trainer(
     from drafttrain.training.drafter_trainer import Distillation, DrafterTrainer
 
     training, pad = recipe.training, inputs.target.tokenizer.pad_token_id
-    held_out = _held_out(training, inputs)
+    held_out = _held_out(training, inputs, arguments.per_device_eval_batch_size)
     if held_out is None:
         arguments.load_best_model_at_end, arguments.metric_for_best_model = False, None
     arguments.eval_on_start = held_out is not None and checkpoint is None
@@ -251,7 +251,7 @@ def make_trainer(
         Collator(pad),
         run,
         held_out,
-        resumed=int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0,
+        resumed=step_of(checkpoint) if checkpoint else 0,
     )
 
 
@@ -272,14 +272,20 @@ def store_states(trainer: DrafterTrainer, inputs: Inputs, folder: Path) -> None:
     trainer.states = TargetStates(path, target, inputs.train, trainer.data_collator, inputs.key)
 
 
-def _held_out(training: TrainingConfig, inputs: Inputs) -> HeldOut | None:
+def _held_out(training: TrainingConfig, inputs: Inputs, batch: int) -> HeldOut | None:
     from drafttrain.training.held_out import HeldOut
 
     if not training.tau_evaluations:
         return None
     if len(inputs.tune):
         held_out = HeldOut.of(
-            inputs.tune, training.tau_prompts, training.tau_length, inputs.vocabulary, inputs.ends, inputs.context
+            inputs.tune,
+            training.tau_prompts,
+            training.tau_length,
+            inputs.vocabulary,
+            inputs.ends,
+            inputs.context,
+            batch,
         )
         if held_out.prompts:
             return held_out
@@ -303,11 +309,6 @@ def _on_policy(recipe: Recipe, inputs: Inputs, pad: int) -> OnPolicy | None:
         pad_id=pad,
         seed=recipe.seed,
     )
-
-
-def global_batch(arguments: TrainingArguments) -> int:
-    """Responses of one optimizer step over all processes."""
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def is_finished(run: RunFolder, key: str) -> bool:
@@ -336,18 +337,6 @@ def save_drafter(run: RunFolder, drafter: Any, trainer: DrafterTrainer, parsed: 
         extra={"key": inputs.key, "tau_history": trainer.history.points},
     )
     save_checkpoint(run.drafter, drafter, inputs.target.tokenizer, info)
-
-
-def _clear_unless_same(folder: Path, key: str) -> None:
-    """Remove what an interrupted run with other settings left behind; its checkpoints are no start for this one."""
-    note = folder / "key.txt"
-    if is_main():
-        if folder.exists() and (not note.is_file() or note.read_text(encoding="utf-8") != key):
-            say(f"starting over: what lies in {folder} was made with other settings.")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(key, encoding="utf-8")
-    barrier()
 
 
 def _summary(run: RunFolder, trainer: DrafterTrainer) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from drafttrain.distributed import barrier, is_main
 from drafttrain.errors import UserError
@@ -29,7 +30,7 @@ from drafttrain.training.drafter_data import EMPTY, Collator, Epochs
 from drafttrain.training.held_out import HISTORY, HeldOut, TauHistory
 from drafttrain.training.losses import Loss
 from drafttrain.training.on_policy import OnPolicy
-from drafttrain.training.sharding import FrozenTarget, Replica
+from drafttrain.training.sharding import FrozenTarget, Replica, cast_parameters
 from drafttrain.training.target_states import TargetStates
 
 COMPLETE = "complete"
@@ -114,7 +115,8 @@ class DrafterTrainer(Trainer):
         resumed: int = 0,
         **kwargs: Any,
     ) -> None:
-        replica = Replica(drafter, target.dtype, args.device)
+        decodes = held_out is not None or distillation.on_policy is not None
+        replica = Replica(drafter, target.dtype, args.device if decodes else torch.device("cpu"))
         attach(inner(drafter))
         super().__init__(model=drafter, args=args, train_dataset=train, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over all accumulation steps
@@ -258,16 +260,20 @@ class DrafterTrainer(Trainer):
         # LoRA updates are merged before rounding to the served dtype, not after.
         exact = torch.promote_types(self.replica.trained_in, torch.float32)
         whole = Replica(self.replica.model, exact, torch.device("cpu")).refresh(self._unwrapped())
-        return merged(whole.model).to(served)
+        return cast_parameters(merged(whole.model), served)
 
     def _unwrapped(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Older checkpoints go when the new one is marked complete, so that there is one to resume from at any time."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
         barrier()
         if is_main():
             (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
 
 class _AtShares(TrainerCallback):
@@ -286,10 +292,9 @@ class _AtShares(TrainerCallback):
         return control
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that every process finished writing, None if there is none."""
-    done = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(done, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every process finished writing a checkpoint."""
+    return (checkpoint / COMPLETE).is_file()
 
 
 def _shifted(values_BT: Tensor, fill: float) -> Tensor:

@@ -14,13 +14,13 @@ from drafttrain.models.acceptance_head import AcceptanceHead
 from drafttrain.training.head_data import HeadDataset, Trace, make_examples
 from drafttrain.training.head_program import (
     Inputs,
-    global_batch,
     head_arguments,
     is_finished,
     read_inputs,
     start_head,
 )
 from drafttrain.training.head_states import DrafterStates, StateStore
+from drafttrain.training.work_folder import global_batch
 
 _SHOWN = 60  # response tokens of the example
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import keyword
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from drafttrain.records import read_manifest, read_records
 from drafttrain.run_folder import RunFolder
 from drafttrain.training.arguments import training_arguments
 from drafttrain.training.head_data import COLUMNS, HeadDataset, Layout
+from drafttrain.training.work_folder import clear_unless_same, global_batch, last_checkpoint, remove
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,25 +117,27 @@ def train_head(parsed: Parsed) -> None:
     inputs = read_inputs(parsed)
     if is_finished(inputs):
         say(f"{inputs.folder} is already trained with these settings.")
+        remove(inputs.work)
         return
-    from drafttrain.training.head_trainer import last_checkpoint
-
     run.record(parsed, "drafttrain/train_head.py")
-    _clear_unless_same(inputs.work, inputs.key)
-    trainer, stores = make_trainer(parsed.recipe, inputs, parsed.accept_new_target)
-    trainer.train(resume_from_checkpoint=last_checkpoint(inputs.work))
+    arguments = head_arguments(parsed.recipe, inputs)
+    clear_unless_same(inputs.work, inputs.key, arguments)
+    checkpoint = last_checkpoint(inputs.work)
+    trainer = make_trainer(parsed.recipe, inputs, arguments, parsed.accept_new_target)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     head = trainer.trained_head().settle(inputs.drafter.model.get_input_embeddings().weight.cpu())
     metrics = judge(trainer)
     if is_main():
         save_head(head, metrics, parsed, inputs)
+        remove(inputs.work)
     barrier()
-    for store in stores:
-        store.delete()
     say(_summary(metrics, inputs.folder))
 
 
-def make_trainer(recipe: Recipe, inputs: Inputs, accept_new_target: bool = False) -> tuple[HeadTrainer, list[Any]]:
-    """The Trainer, ready to run, and the state stores that it reads (to be deleted afterwards)."""
+def make_trainer(
+    recipe: Recipe, inputs: Inputs, arguments: TrainingArguments, accept_new_target: bool = False
+) -> HeadTrainer:
+    """The Trainer, ready to run."""
     from transformers import set_seed
 
     from drafttrain.training import calibration
@@ -143,7 +145,6 @@ def make_trainer(recipe: Recipe, inputs: Inputs, accept_new_target: bool = False
     from drafttrain.training.head_trainer import HeadTrainer, HeldOut
     from drafttrain.training.warm_start import warm_start
 
-    arguments = head_arguments(recipe, inputs)
     set_seed(recipe.seed)
     train = HeadDataset(inputs.train, inputs.layout, inputs.config, recipe.seed, global_batch(arguments))
     known = features_and_labels(train)
@@ -152,13 +153,11 @@ def make_trainer(recipe: Recipe, inputs: Inputs, accept_new_target: bool = False
         warm_start(head, *known)
     exact = dataclasses.replace(inputs.config, data="exact", mixing=0.0)
     tune = HeadDataset(inputs.tune, inputs.layout, exact, recipe.seed, shuffle=False)
-    train_states, stores = _states("train", train, inputs)
+    train_states = _states("train", train, inputs)
     held_out = None
     if len(inputs.tune):
-        tune_states, tune_stores = _states("tune", tune, inputs)
-        stores += tune_stores
-        held_out = HeldOut(tune, tune_states, calibration.Baselines(*known))
-    return HeadTrainer(head, arguments, train, train_states, held_out), stores
+        held_out = HeldOut(tune, _states("tune", tune, inputs), calibration.Baselines(*known))
+    return HeadTrainer(head, arguments, train, train_states, held_out)
 
 
 def head_arguments(recipe: Recipe, inputs: Inputs) -> TrainingArguments:
@@ -171,11 +170,6 @@ def head_arguments(recipe: Recipe, inputs: Inputs) -> TrainingArguments:
         defaults |= {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
     fixed = FIXED | {"seed": recipe.seed}
     return training_arguments(recipe.head.arguments, inputs.work, "head", defaults, **fixed)
-
-
-def global_batch(arguments: TrainingArguments) -> int:
-    """Responses of one optimizer step over all processes."""
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def start_head(settings: HeadConfig, config: AcceptanceHeadConfig, accept_new_target: bool = False) -> AcceptanceHead:
@@ -246,19 +240,18 @@ class _WithMetrics:
         (folder / METRICS).write_text(json.dumps(self._metrics, indent=1) + "\n", encoding="utf-8")
 
 
-def _states(name: str, dataset: HeadDataset, inputs: Inputs) -> tuple[States, list[Any]]:
-    """States of a data set, from a store where they stay the same and the disk has room; with the store, if any."""
+def _states(name: str, dataset: HeadDataset, inputs: Inputs) -> States:
+    """States of a data set, from a store where they stay the same and the disk has room."""
     from drafttrain.training.head_states import DrafterStates, StateStore
 
     states = DrafterStates(inputs.drafter.model, dataset.config)
     if dataset.config.data == "mixed":
-        return states, []
+        return states
     if not StateStore.fits(inputs.work, StateStore.bytes_needed(dataset, states)):
         say(f"{name}: the drafter's states do not fit on the disk of {inputs.work}; they are computed in every epoch.")
-        return states, []
+        return states
     key = f"{inputs.key} {name} {dataset.config.state} {dataset.config.data}"
-    store = StateStore(inputs.work / f"states-{name}.bin", states, dataset, key)
-    return store, [store]
+    return StateStore(inputs.work / f"states-{name}.bin", states, dataset, key)
 
 
 def _split(records: Dataset, name: str) -> Dataset:
@@ -284,18 +277,6 @@ def _key(recipe: Recipe, manifest: dict[str, Any], drafter: Loaded) -> str:
         "drafter": drafter.fingerprint.to_dict(),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _clear_unless_same(folder: Path, key: str) -> None:
-    """Remove what an interrupted run with other settings left behind; its checkpoints are no start for this one."""
-    note = folder / "key.txt"
-    if is_main():
-        if folder.exists() and (not note.is_file() or note.read_text(encoding="utf-8") != key):
-            say(f"starting over: what lies in {folder} was made with other settings.")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(key, encoding="utf-8")
-    barrier()
 
 
 def _headline(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -152,12 +152,6 @@ class StateStore:
         rows = [self._starts[row] + examples.index_N for row, _, examples in wanted]
         return self._map_NH[torch.cat([torch.zeros(0, dtype=torch.long), *rows])]
 
-    def delete(self) -> None:
-        """Remove the file (the first process only); the mapping stays readable until it is dropped."""
-        if is_main():
-            self._note.unlink(missing_ok=True)
-            self.path.unlink(missing_ok=True)
-
     def _is_done(self) -> bool:
         try:
             return self.path.exists() and json.loads(self._note.read_text(encoding="utf-8")) == self._description

@@ -11,10 +11,8 @@ but rounding, and ranks may have unequal numbers of tokens, or none.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -255,21 +253,6 @@ class HeadTrainer(Trainer):
             return self.accelerator.get_state_dict(self.model_wrapped)
         with _gathered(list(self.model.parameters())):
             return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end (trainer_state.json comes last), None if there is none."""
-
-    def step(path: Path) -> int:
-        return int(path.name.rsplit("-", 1)[1])
-
-    for path in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
 
 
 def _gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:

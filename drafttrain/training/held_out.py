@@ -54,12 +54,19 @@ class HeldOut:
     length: int
     vocabulary: int
     eos_ids: frozenset[int]
-    batch: int = 8
+    batch: int
     sampling: Sampling = field(default_factory=lambda: Sampling(0.0))
 
     @classmethod
     def of(
-        cls, data: ResponseDataset, prompts: int, length: int, vocabulary: int, eos_ids: Collection[int], room: int
+        cls,
+        data: ResponseDataset,
+        prompts: int,
+        length: int,
+        vocabulary: int,
+        eos_ids: Collection[int],
+        room: int,
+        batch: int = 8,
     ) -> HeldOut:
         """The same choice from the same data, always.
 
@@ -70,15 +77,17 @@ class HeldOut:
             vocabulary: leading token ids that stand for text.
             eos_ids: tokens that end an answer.
             room: positions that both models have.
+            batch: prompts decoded together.
         """
         fitting = [row for row in data.select(len(data)) if row["prompt_length"] and row["prompt_length"] < room]
-        chosen = [fitting[index * len(fitting) // prompts] for index in range(min(prompts, len(fitting)))]
+        count = min(prompts, len(fitting))
+        chosen = [fitting[index * len(fitting) // count] for index in range(count)]
         texts = [row["input_ids"][: row["prompt_length"]] for row in chosen]
         limits = [
             min(TOKENS, len(row["input_ids"]) - len(text), room - len(text))
             for row, text in zip(chosen, texts, strict=True)
         ]
-        return cls(data.select(SCORED), texts, limits, length, vocabulary, frozenset(eos_ids))
+        return cls(data.select(SCORED), texts, limits, length, vocabulary, frozenset(eos_ids), batch)
 
     def decode(self, target: FrozenTarget, replica: Replica) -> Counts:
         """Decode every prompt and count; all ranks call it.

@@ -91,7 +91,7 @@ class Replica:
 
     def __init__(self, drafter: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.trained_in: torch.dtype = inner(drafter).dtype
-        self.model = copy.deepcopy(drafter).to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model = cast_parameters(copy.deepcopy(drafter).to(device), dtype).eval().requires_grad_(False)
         self._parameters = dict(self.model.named_parameters())
 
     @property
@@ -105,6 +105,13 @@ class Replica:
         for name, parameter in whole_parameters(trained):
             self._parameters[name].copy_(parameter)
         return self
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the weights in place; buffers not, for loaded models keep rotary frequencies in float32 in any dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

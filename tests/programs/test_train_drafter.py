@@ -149,6 +149,16 @@ def test_the_plan_shows_what_is_trained_and_runs_nothing(made, run, capsys):
     assert sorted(path.name for path in run.iterdir()) == ["responses"]
 
 
+def test_the_plan_counts_what_decoding_takes(made, run, capsys):
+    def memory(*more):
+        main([*flags(made, run), *more, "--plan"])
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        return {name: line.split()[0] for line in lines for name in ("copy of", "keys and values") if name in line}
+
+    assert memory("--training.tau_evaluations", "0") == {"copy of": "0.0", "keys and values": "0.0"}
+    assert memory()["copy of"] != "0.0"
+
+
 def test_the_plan_of_a_deepspeed_run_needs_no_launcher(made, run, capsys):
     main([*flags(made, run, deepspeed="recipes/deepspeed/zero3.json"), "--plan"])
     assert "what would run" in capsys.readouterr().out

@@ -109,7 +109,7 @@ def test_a_head_is_trained_judged_and_saved(run, head):
     info = read_info(run / "head")
     assert info.kind == "acceptance_head"
     assert info.extra["drafter"] == settings.drafter.to_dict()
-    assert not list((run / "head-training").glob("states-*"))
+    assert not (run / "head-training").exists()
 
 
 def test_the_head_stands_beside_its_drafter_only(run, pair):
@@ -132,7 +132,6 @@ def test_a_finished_head_is_kept_and_other_settings_train_anew(run, capsys):
     assert (run / "head" / "model.safetensors").stat().st_mtime_ns == before
     train(run, w_rej=1)
     assert load_config(run / "head").w_rej == 1
-    assert "starting over" in capsys.readouterr().out
 
 
 def test_a_head_can_be_continued(run, tmp_path):
@@ -218,7 +217,6 @@ def test_it_runs_from_another_folder(run, tmp_path, how):
     train(run)
     expected = weights(run)
     shutil.rmtree(run / "head")
-    shutil.rmtree(run / "head-training")
     program = {
         "file": [str(PROGRAM)],
         "module": ["-m", "drafttrain.train_head"],

@@ -3,11 +3,13 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from drafttrain.config import DrafterConfig, LoraConfig
+from drafttrain.config import DrafterConfig, LoraConfig, TrainingConfig
 from drafttrain.errors import UserError
 from drafttrain.models.drafters import build_drafter
 from drafttrain.models.fingerprint import fingerprint
@@ -16,11 +18,13 @@ from drafttrain.ops.sampling import Sampling
 from drafttrain.training.arguments import training_arguments
 from drafttrain.training.distill_head import attach
 from drafttrain.training.drafter_data import EMPTY, Collator, Epochs, ResponseDataset
-from drafttrain.training.drafter_trainer import DEFAULTS, FIXED, Distillation, DrafterTrainer, last_checkpoint
+from drafttrain.training.drafter_program import _held_out
+from drafttrain.training.drafter_trainer import DEFAULTS, FIXED, Distillation, DrafterTrainer, is_complete
 from drafttrain.training.held_out import HISTORY, HeldOut, TauHistory
 from drafttrain.training.losses import expected_acceptance, forward_kl, mixed
 from drafttrain.training.on_policy import OnPolicy
 from drafttrain.training.sharding import Replica
+from drafttrain.training.work_folder import last_checkpoint
 from tests.conftest import build_llama
 
 VOCABULARY = 300
@@ -141,7 +145,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(target, tmp_path):
         cut.train()
     unfinished = tmp_path / "b" / "work" / "checkpoint-5"
     unfinished.mkdir()  # a save that was cut off has no mark and is no checkpoint
-    found = last_checkpoint(tmp_path / "b" / "work")
+    found = last_checkpoint(tmp_path / "b" / "work", is_complete)
     assert found.name == "checkpoint-4"
     again = make_trainer(tmp_path / "b", target, held_out=3, evaluations=3, resumed=4, **arguments)
     again.train(resume_from_checkpoint=str(found))
@@ -151,6 +155,22 @@ def test_an_interrupted_run_ends_with_the_same_weights(target, tmp_path):
         assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
+def test_an_older_checkpoint_goes_only_when_the_new_one_is_complete(target, tmp_path, monkeypatch):
+    from drafttrain.training import drafter_trainer
+
+    rotate, seen = drafter_trainer.rotate_checkpoints, []
+
+    def watched(folder, *rest):
+        seen.append(last_checkpoint(Path(folder), is_complete).name)
+        rotate(folder, *rest)
+
+    monkeypatch.setattr(drafter_trainer, "rotate_checkpoints", watched)
+    trainer = make_trainer(tmp_path, target, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer.train()
+    assert seen == [f"checkpoint-{step}" for step in range(1, 7)]
+    assert sorted(path.name for path in (tmp_path / "work").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
 def test_tau_is_measured_at_equal_shares_of_the_data(target, tmp_path):
     trainer = make_trainer(tmp_path, target, held_out=4, evaluations=3, num_train_epochs=3)
     trainer.train()
@@ -158,6 +178,18 @@ def test_tau_is_measured_at_equal_shares_of_the_data(target, tmp_path):
     assert [point["step"] for point in points] == [3, 6, 9] and points[-1]["fraction"] == 1.0
     assert points[-1]["tokens"] == 3 * trainer.train_dataset.data.tokens
     assert all(1 <= point["tau"] <= 4 for point in points)
+
+
+def test_held_out_prompts_are_decoded_in_batches_of_the_evaluation():
+    inputs = SimpleNamespace(tune=ResponseDataset(rows(5, seed=9), 20), vocabulary=VOCABULARY, ends={5}, context=40)
+    assert _held_out(TrainingConfig(), inputs, 2).batch == 2
+
+
+@pytest.mark.parametrize("asked", [3, 5, 8])
+def test_no_held_out_prompt_is_decoded_twice(asked):
+    data = ResponseDataset(rows(5, seed=9), 20)
+    held_out = HeldOut.of(data, asked, 3, VOCABULARY, {5}, 40)
+    assert len({tuple(prompt) for prompt in held_out.prompts}) == len(held_out.prompts) == min(asked, len(data))
 
 
 def test_a_drafter_equal_to_the_target_is_always_accepted(target, tmp_path):
@@ -280,3 +312,9 @@ def test_a_replica_follows_the_trained_weights(target):
     replica.refresh(drafter)
     for (_, copy), (_, weight) in zip(replica.model.named_parameters(), drafter.named_parameters(), strict=True):
         assert copy.dtype == torch.bfloat16 and torch.equal(copy, weight.to(torch.bfloat16))
+
+
+def test_a_replica_keeps_its_rotary_frequencies_exact(target):
+    replica = Replica(target.model, torch.bfloat16, torch.device("cpu"))
+    frequencies = replica.causal_lm.model.rotary_emb.inv_freq
+    assert torch.equal(frequencies, target.model.model.rotary_emb.inv_freq) and frequencies.dtype == torch.float32

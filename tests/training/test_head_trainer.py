@@ -17,10 +17,10 @@ from drafttrain.training.head_trainer import (
     FIXED,
     HeadTrainer,
     HeldOut,
-    last_checkpoint,
     weight_sum,
     weighted_loss,
 )
+from drafttrain.training.work_folder import last_checkpoint
 
 HIDDEN = 6
 
@@ -146,10 +146,10 @@ def test_training_goes_on_exactly_after_an_interruption(tmp_path):
     for later in steps[2:]:
         (tmp_path / "killed" / f"checkpoint-{later}" / "trainer_state.json").write_text('{"trunca')
     found = last_checkpoint(tmp_path / "killed")
-    assert found.endswith("checkpoint-4")
+    assert found.name == "checkpoint-4"
     resumed = make_trainer(tmp_path / "killed", seed=0, **schedule)
     torch.nn.init.zeros_(resumed.model.output.weight)  # must come from the checkpoint
-    resumed.train(resume_from_checkpoint=found)
+    resumed.train(resume_from_checkpoint=str(found))
     assert resumed.state.global_step == straight.state.global_step
     assert torch.equal(weights_of(resumed), weights_of(straight))
 

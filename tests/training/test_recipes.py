@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Con
 from drafttrain.config import parse
 from drafttrain.models.checkpoint import read_info
 from drafttrain.train_drafter import main
+from drafttrain.training.drafter_plan import cache_values
 from tests.conftest import build_tokenizer
 from tests.training.drafting import save_responses
 
@@ -70,6 +71,13 @@ def test_a_recipe_plans_and_trains_on_tiny_weights_of_its_architecture(command, 
     assert read_info(folder).metrics["step"] == 1
     target, drafter = (AutoConfig.from_pretrained(path) for path in (tmp_path / "target", folder))
     assert drafter.model_type == target.model_type and drafter.num_hidden_layers < target.num_hidden_layers
+
+
+def test_the_caches_of_the_24gb_recipe_take_what_it_says():
+    shared = {"num_key_value_heads": 8, "head_dim": 128}
+    target, drafter = (Qwen3Config(**shared, num_hidden_layers=layers) for layers in (36, 28))
+    assert 2 * (cache_values(target) + cache_values(drafter)) == 2**18  # bfloat16: 0.25 MiB a token
+    assert "0.25 MiB a token of both models" in (RECIPES / "qwen3-8b-0.6b-24gb.yaml").read_text(encoding="utf-8")
 
 
 def test_the_reference_pairs_share_their_responses():
