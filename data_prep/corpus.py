@@ -8,7 +8,9 @@ distributions do not ship them); data tables such as encodings are kept with a s
 """
 
 import hashlib
+import os
 import random
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from drafttrain.errors import run_program
+from drafttrain.errors import UserError, run_program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 _TABLES = ("pydoc_data/", "encodings/", "html/entities", "keyword", "opcode", "stringprep")
 _HELD_OUT_PERCENT = 10
+_TRIES = 500  # places to begin a prefix at; of the lengths that some modules have, a few do
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,20 @@ def code_prefix(seed: int, tokens: int, tokenizer: "PreTrainedTokenizerFast", he
         tokens: length of the result, BOS included.
         tokenizer: the target's.
         held_out: draw from the modules that no model was trained on.
+
+    Raises:
+        UserError: no module is so long.
     """
     draw = random.Random(f"code/{held_out}/{seed}")
     pool = [module for module in (held_out_modules() if held_out else train_modules()) if not module.table]
-    while True:
+    for _ in range(_TRIES):
         module = draw.choices(pool, weights=[len(module.text) for module in pool])[0]
         lines = module.text.splitlines(keepends=True)
         text = "".join(lines[draw.randrange(len(lines)) :])[: 12 * tokens]
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: tokens - 1]
         if len(ids) == tokens - 1:
             return [tokenizer.bos_token_id, *ids]
+    raise UserError(f"no module of the standard library gives {tokens} tokens of code; lower prompts.length.")
 
 
 def _task_texts(documents: int, seed: int) -> Iterator[str]:
@@ -112,7 +119,8 @@ def write_corpus(folder: Path, vocab_size: int, task_documents: int, table_weigh
     """Train the tokenizer and write both sides of the corpus as token ids.
 
     Leaves in `folder`: `tokenizer/`, and `train.npy` and `held_out.npy` (uint16 token ids, each module led by BOS and
-    closed by EOS). Data tables enter the training side with probability `table_weight`.
+    closed by EOS). Data tables enter the training side with probability `table_weight`. The folder appears whole or
+    not at all.
     """
     import numpy as np
 
@@ -121,10 +129,14 @@ def write_corpus(folder: Path, vocab_size: int, task_documents: int, table_weigh
     draw = random.Random(f"corpus/{seed}")
     train = [module.text for module in train_modules() if not module.table or draw.random() < table_weight]
     tokenizer = train_tokenizer([*train, *_task_texts(task_documents, seed)], vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    unfinished = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    tokenizer.save_pretrained(unfinished / "tokenizer")
     for name, texts in {"train": train, "held_out": [module.text for module in held_out_modules()]}.items():
-        np.save(folder / f"{name}.npy", np.array(_token_ids(tokenizer, texts), dtype=np.uint16))
+        np.save(unfinished / f"{name}.npy", np.array(_token_ids(tokenizer, texts), dtype=np.uint16))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> list[int]:
@@ -136,9 +148,12 @@ def _token_ids(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> li
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     from drafttrain.config import parse
+    from drafttrain.distributed import is_main
     from drafttrain.run_folder import RunFolder
 
     parsed = parse(__doc__, ("corpus",), argv)
+    if not is_main():  # a launcher started several; the work is one process's
+        return
     settings = parsed.recipe.corpus
     folder = RunFolder(parsed.run)
     if parsed.plan:

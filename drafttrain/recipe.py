@@ -282,8 +282,8 @@ class ExportConfig:
 class CorpusConfig:
     """The reference world: the interpreter's standard library and procedural tasks."""
 
-    vocab_size: int = at_least(300, 4096)
-    """entries of the byte-level BPE tokenizer"""
+    vocab_size: int = between(300, 65536, 4096)
+    """entries of the byte-level BPE tokenizer; the corpus keeps token ids in 16 bits"""
     task_documents: int = at_least(0, 4000)
     """task examples that the tokenizer is trained on beside the code"""
     data_table_weight: float = at_least(0.0, 0.05)
