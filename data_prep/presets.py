@@ -126,7 +126,14 @@ def _convert(shape: Preset, row: Row) -> Conversation:
     missing = [name for name in shape.needs if value.get(name) is None]
     if missing:
         raise UserError(f"{row.where}: field {_listed(missing)} is missing (found: {_listed(keys)}).")
-    return shape.read(value, row.where)
+    try:
+        return shape.read(value, row.where)
+    except (AttributeError, KeyError, TypeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(
+            f"{row.where}: a field is of another type than this shape of row has there ({detail}); mend the row, or "
+            "check prompts.preset and prompts.fields."
+        ) from error
 
 
 def _checked(conversation: Conversation) -> Conversation:

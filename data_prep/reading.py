@@ -59,6 +59,11 @@ def read_hub(name: str, split: str) -> Iterator[Row]:
         rows = datasets.load_dataset(dataset_id, configuration or None, split=split)
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:  # ValueError: configuration or split
         raise UserError(f"the hub has no data set {name!r} with split {split!r} ({_first_line(error)}).") from None
+    except RuntimeError as error:  # it needs a script of its own to be read
+        raise UserError(
+            f"the data set {name!r} cannot be read ({_first_line(error)}); take a copy of it in Parquet, or give a "
+            "local file with prompts.source: file."
+        ) from None
     except (OSError, HTTPError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"the data set {name!r} could not be fetched ({_first_line(error)}); what is downloaded is kept, "

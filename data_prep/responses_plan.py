@@ -9,6 +9,7 @@ from data_prep.prompts import Prompts, is_complete, prompts_manifest, prompts_of
 from data_prep.responses import SECTIONS, check_settings
 from drafttrain.config import Parsed, Recipe
 from drafttrain.dialogue import Dialogue
+from drafttrain.errors import UserError
 from drafttrain.records import iter_records
 from drafttrain.run_folder import RunFolder
 
@@ -49,7 +50,12 @@ def _example(prompts: Prompts, recipe: Recipe, facts: TargetFacts) -> str:
     context = record["prompt_ids"]
     if recipe.responses.source == "logged":
         recorded = (row for each in prompts.records for _, row in logged([each], facts.tokenizer, facts.ends, limits))
-        row = next(recorded)
+        row = next(recorded, None)
+        if row is None:
+            raise UserError(
+                "no recorded answer can be used: each is empty, or its prompt fills the target's context; shorten the "
+                "prompts or set responses.source: generate."
+            )
         context, answer = row["prompt_ids"], facts.tokenizer.decode(row["response_ids"])
     return f"{facts.tokenizer.decode(context)}[[{answer}]]"
 

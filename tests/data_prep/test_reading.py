@@ -98,7 +98,15 @@ def test_a_data_set_of_the_hub_is_read_by_split(tmp_path, monkeypatch):
     assert [row.value for row in rows] == ROWS and rows[1].where == "owner/set:easy, test row 2"
 
 
-@pytest.mark.parametrize("error", [ConnectionError("reset"), ValueError("Unknown split"), TimeoutError("too slow")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("reset"),
+        ValueError("Unknown split"),
+        TimeoutError("too slow"),
+        RuntimeError("Dataset scripts are no longer supported, but found set.py"),
+    ],
+)
 def test_what_goes_wrong_with_the_hub_is_one_sentence(monkeypatch, error):
     import datasets
 

@@ -169,6 +169,15 @@ def test_a_plan_of_logged_answers_marks_the_recorded_one(target, tmp_path, capsy
     assert "<|assistant|>[[pear.<|end|>]]" in capsys.readouterr().out
 
 
+def test_a_plan_of_answers_that_cannot_be_used_is_told(target, tmp_path, capsys, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"q": "apple?", "a": "pear."}) + "\n")
+    monkeypatch.setattr("data_prep.responses_plan.logged", lambda *_: iter(()))
+    fields = ["--prompts.fields", '{"prompt": "q", "answer": "a"}', "--responses.source", "logged"]
+    told = refused(capsys, *settings(target, log), *fields, "--run", tmp_path / "run", "--plan")
+    assert "no recorded answer can be used" in told
+
+
 @pytest.mark.parametrize("plan", [["--plan"], []])
 @pytest.mark.parametrize(
     ("change", "told"),
