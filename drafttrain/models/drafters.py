@@ -59,7 +59,7 @@ def build_drafter(config: DrafterConfig, target: Loaded, seed: int = 0, trust_re
     else:
         model = _new(config, target, seed)
     _check_vocabulary(model, target)
-    return _adapted(model.requires_grad_(True), config)
+    return _adapted(model.requires_grad_(True), config, seed)
 
 
 def sketch_drafter(config: DrafterConfig, target: Loaded) -> nn.Module:
@@ -85,7 +85,7 @@ def sketch_drafter(config: DrafterConfig, target: Loaded) -> nn.Module:
     model = without_storage(shape)
     _check_vocabulary(model, target)
     with torch.device("meta"):
-        return _adapted(model, config)
+        return _adapted(model, config, seed=0)
 
 
 def without_storage(config: PretrainedConfig) -> PreTrainedModel:
@@ -217,7 +217,8 @@ def _cut(config: DrafterConfig, target: Loaded) -> PreTrainedModel:
     source = target.model
     shape, numbers = _cut_config(source.config, config.layers)
     if getattr(source, "is_quantized", False) or any(weight.is_meta for weight in source.parameters()):
-        source = load_causal_lm(target.path, dtype=config.dtype)  # its weights as they are, not as they are served
+        where = {"revision": target.revision, "trust_remote_code": target.trust_remote_code}
+        source = load_causal_lm(target.path, dtype=config.dtype, **where)  # its weights as they are, not as served
     model = _random(shape, config.dtype, seed=0)
     missing, unexpected = model.load_state_dict(_chosen_layers(source, numbers), strict=False)
     if missing or unexpected:
@@ -287,15 +288,15 @@ def _no_path() -> UserError:
     return UserError("drafter.kind is pretrained but drafter.path is not set; name a causal LM.")
 
 
-def _adapted(model: PreTrainedModel, config: DrafterConfig) -> nn.Module:
+def _adapted(model: PreTrainedModel, config: DrafterConfig, seed: int) -> nn.Module:
     if config.lora is None:
         return model
     if config.kind == "new" and config.init_from is None:
         raise UserError("drafter.lora adapts trained weights, a new drafter has none; remove it or set init_from.")
-    return _with_lora(model, config.lora)
+    return _with_lora(model, config.lora, seed)
 
 
-def _with_lora(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
+def _with_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> nn.Module:
     import peft
 
     settings = peft.LoraConfig(
@@ -306,7 +307,9 @@ def _with_lora(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
         target_modules=config.target_modules,
     )
     try:
-        return peft.get_peft_model(model, settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"drafter.lora cannot be used: {' '.join(str(error).split()).rstrip('.')}.") from None
 

@@ -37,12 +37,14 @@ _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to use, with what identifies it."""
+    """A model ready to use, with what identifies it and what it takes to load it again."""
 
     model: Any
     tokenizer: Any
     fingerprint: Fingerprint
     path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 def load_target(config: TargetConfig) -> Loaded:
@@ -61,7 +63,8 @@ def load_target(config: TargetConfig) -> Loaded:
     )
     model.requires_grad_(False)
     tokenizer = load_tokenizer(config.path, config.revision, config.trust_remote_code)
-    return Loaded(model, tokenizer, fingerprint(model, tokenizer), config.path)
+    prints = fingerprint(model, tokenizer)
+    return Loaded(model, tokenizer, prints, config.path, config.revision, config.trust_remote_code)
 
 
 def drafter_path(recipe: Recipe, run: RunFolder) -> str:

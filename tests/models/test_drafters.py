@@ -1,5 +1,7 @@
 """Every kind of drafter, for every family that a recipe names, is an ordinary causal LM with the target's tokenizer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -97,6 +99,21 @@ def test_a_cut_does_not_share_memory_with_the_frozen_target(tiny_tokenizer):
     assert fingerprint(target.model, tiny_tokenizer).weights == before
 
 
+def test_a_cut_of_a_quantized_target_reads_the_weights_of_the_same_revision(tiny_tokenizer, monkeypatch):
+    asked, target = {}, load(build_llama(), tiny_tokenizer)
+    target.model.is_quantized = True
+
+    def stored(path, **how):
+        asked.update(how, path=path)
+        return build_llama(seed=5)
+
+    monkeypatch.setattr("drafttrain.models.drafters.load_causal_lm", stored)
+    target = replace(target, path="owner/model", revision="abc", trust_remote_code=True)
+    drafter = build_drafter(DrafterConfig(kind="cut", layers=[0, 1]), target)
+    assert asked == {"path": "owner/model", "dtype": "float32", "revision": "abc", "trust_remote_code": True}
+    assert torch.equal(logits(drafter), logits(build_llama(seed=5)))
+
+
 def test_a_cut_survives_saving_and_loading(tiny_tokenizer, tmp_path):
     target = load(family(Qwen3ForCausalLM, Qwen3Config, tie_word_embeddings=True), tiny_tokenizer)
     drafter = build_drafter(DrafterConfig(kind="cut", layers=[1, 2], dtype="bfloat16"), target)
@@ -161,6 +178,15 @@ def test_lora_trains_updates_only_and_merges_into_a_plain_model(tiny_tokenizer):
     plain = merged(model)
     assert type(plain) is LlamaForCausalLM and set(plain.state_dict()) == set(target.model.state_dict())
     assert torch.allclose(logits(plain), expected, atol=1e-5) and not torch.allclose(expected, logits(target.model))
+
+
+def test_updates_of_lora_start_from_the_seed(tiny_tokenizer):
+    target, config = load(build_llama(), tiny_tokenizer), DrafterConfig(kind="cut", layers=[0], lora=LoraConfig(r=2))
+    starts = []
+    for seed in (0, 0, 1):
+        weights = dict(build_drafter(config, target, seed=seed).named_parameters())
+        starts.append(next(weight for name, weight in weights.items() if "lora_A" in name))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def test_a_target_comes_back_whole_frozen_and_in_eval_mode(saved, tiny_target, t
     assert loaded.tokenizer.chat_template == tiny_tokenizer.chat_template
 
 
+def test_a_target_says_how_it_is_loaded_again(saved):
+    loaded = load_target(TargetConfig(path=str(saved), revision="main", trust_remote_code=True))
+    assert (loaded.path, loaded.revision, loaded.trust_remote_code) == (str(saved), "main", True)
+
+
 def test_dtype_is_as_stored_or_as_asked(saved):
     assert load_causal_lm(saved).dtype == torch.float32
     assert load_causal_lm(saved, dtype="bfloat16").dtype == torch.bfloat16
