@@ -62,7 +62,6 @@ def ensure_prompts(
     Raises:
         UserError: bad input (see `prompts_of`), or prompts made with other settings are there.
     """
-    settings = _source_meant(settings)
     manifest = prompts_manifest(settings, seed, tokenizer, context)
     if is_complete(run.prompts):
         return sum(1 for _ in iter_records(run.prompts, "prompts", expect=manifest, columns=["prompt_id"]))
@@ -82,7 +81,6 @@ def prompts_manifest(
     settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokenizerBase", context: int
 ) -> dict[str, Any]:
     """Everything that decides what the prompts are."""
-    settings = _source_meant(settings)
     values = dataclasses.asdict(settings)
     values["seed"] = seed if settings.seed is None else settings.seed
     path = values.pop("path")
@@ -107,7 +105,6 @@ def prompts_of(settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokeniz
     Raises:
         UserError: names file and line of a malformed, incomplete, empty or too long prompt; or nothing is left.
     """
-    settings = _source_meant(settings)
     if not 0 <= settings.held_out <= 0.5:
         raise UserError(f"prompts.held_out must be between 0 and 0.5 (it is taken twice), not {settings.held_out}.")
     if not 0 < settings.near_duplicate <= 1:
@@ -133,13 +130,6 @@ def prompts_of(settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokeniz
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps
-
-
-def _source_meant(settings: PromptsConfig) -> PromptsConfig:
-    """A path that is given is what is meant, though the source was left at its default."""
-    if settings.path is not None and settings.source == "reference":
-        return dataclasses.replace(settings, source="file")
-    return settings
 
 
 def _collect(settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Conversation]:

@@ -103,10 +103,6 @@ def check_settings(recipe: Recipe) -> None:
     settings = recipe.traces
     if settings.sampling is not None:
         Sampling(**dataclasses.asdict(settings.sampling))
-    for name, least in (("top_k", 1), ("shard_rows", 1), ("batch_size", 1), ("run_length", 0)):
-        value = getattr(settings, name)
-        if value < least:
-            raise UserError(f"traces.{name} must be at least {least}, not {value}.")
     if any(temperature <= 0 for temperature in settings.temperatures):
         raise UserError(f"traces.temperatures must be above 0, not {settings.temperatures}.")
 

@@ -53,16 +53,6 @@ class RunFolder:
         return self.path / "head"
 
     @property
-    def drafter_training(self) -> Path:
-        """Optimizer states and intermediate checkpoints of the drafter's training."""
-        return self.path / "training" / "drafter"
-
-    @property
-    def head_training(self) -> Path:
-        """Optimizer states and intermediate checkpoints of the head's training."""
-        return self.path / "training" / "head"
-
-    @property
     def report(self) -> Path:
         """Where report.json, report.md and report.html lie: the run folder itself."""
         return self.path

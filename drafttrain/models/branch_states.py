@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drafttrain.ops.attention import NAME, prepare_mask
+from drafttrain.ops.attention import attending, layer_windows, prepare_mask
 from drafttrain.ops.cache import DenseCache
 
 
@@ -44,10 +44,12 @@ class Branches:
     def __init__(self, model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
         self._model = model
         self._length = max(map(len, sequences))
-        device = model.get_input_embeddings().weight.device
+        weight = model.get_input_embeddings().weight
+        device = weight.device
         tokens_BL = torch.tensor([[*row, *[0] * (self._length - len(row))] for row in sequences], device=device)
+        tokens_BL.clamp_(max=len(weight) - 1)  # a token that the drafter lacks is read as its last, as in decoding
         self._cache = DenseCache(model.config.num_hidden_layers, len(sequences), device, self._length)
-        self._windows = _layer_windows(model.config)
+        self._windows = layer_windows(model.config)
         self._cache.open(self._length)
         positions_1L = self._cache.query_positions()
         masks = {kind: self._causal(positions_1L, window) for kind, window in self._windows.items()}
@@ -76,9 +78,7 @@ class Branches:
 
     @torch.no_grad()
     def _read(self, tokens_BQ: Tensor, positions_BQ: Tensor, masks: dict[str, Tensor]) -> Tensor:
-        config, usual = self._model.config, self._model.config._attn_implementation
-        config._attn_implementation = NAME  # for this pass only: the model is in use elsewhere
-        try:
+        with attending(self._model.config):
             hidden_BQH = self._model.get_decoder()(
                 input_ids=tokens_BQ,
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
@@ -86,8 +86,6 @@ class Branches:
                 past_key_values=self._cache,
                 use_cache=True,
             ).last_hidden_state
-        finally:
-            config._attn_implementation = usual
         self._cache.advance()
         return hidden_BQH
 
@@ -127,17 +125,6 @@ class BranchStates:
     consumed_TH: Tensor
     run_producing_MRH: Tensor
     run_consumed_MRH: Tensor
-
-
-def branch_states(
-    model: PreTrainedModel,
-    prompt_ids: Sequence[int],
-    response_ids: Sequence[int],
-    draft_ids: Sequence[int],
-    run_ids: Sequence[int] = (),
-) -> BranchStates:
-    """States of one trace row; see `batch_branch_states`."""
-    return batch_branch_states(model, [(prompt_ids, response_ids, draft_ids, run_ids)])[0]
 
 
 def batch_branch_states(
@@ -200,12 +187,3 @@ def _read_chains(branches: Branches, chains: list[list[list[int]]], depth: int) 
             tokens_DBW[: len(chain), b, w] = torch.tensor(chain)
     tokens_DBW = tokens_DBW.to(branches.hidden_BLH.device)
     return torch.stack([branches.extend(tokens_BW) for tokens_BW in tokens_DBW])
-
-
-def _layer_windows(config: object) -> dict[str, int | None]:
-    """The sliding window of every kind of layer, None for full attention."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return {"full_attention": window}
-    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drafttrain.models.branch_states import batch_branch_states, branch_states
+from drafttrain.models.branch_states import batch_branch_states
 from tests.conftest import build_llama
 
 PROMPT, RESPONSE = [3, 17, 42, 8, 9], [7, 11, 250, 33, 60, 5]
@@ -21,7 +21,7 @@ def alone(model, tokens):
 @pytest.mark.parametrize("kind", ["llama", "sliding"])
 def test_states_are_those_of_separate_passes(kind):
     model = build_llama(seed=3).double() if kind == "llama" else _mistral_with_window(4)
-    states = branch_states(model, PROMPT, RESPONSE, DRAFT, RUNS)
+    states = batch_branch_states(model, [(PROMPT, RESPONSE, DRAFT, RUNS)])[0]
     for i, token in enumerate(DRAFT):
         seen = [*PROMPT, *RESPONSE[:i]]
         torch.testing.assert_close(states.producing_TH[i], alone(model, seen)[-1])
@@ -37,14 +37,14 @@ def test_rows_of_a_batch_do_not_see_each_other():
     model = build_llama(seed=3).double()
     rows = [(PROMPT, RESPONSE, DRAFT, RUNS), ([3], [9, 9], [9, 9], []), ([4, 4, 4], [8], [7], [2, 2])]
     for row, together in zip(rows, batch_branch_states(model, rows), strict=True):
-        single = branch_states(model, *row)
+        single = batch_branch_states(model, [row])[0]
         for name, value in vars(single).items():
             torch.testing.assert_close(getattr(together, name), value)
 
 
 def test_the_models_attention_is_left_as_it_was(tiny_target):
     usual = tiny_target.config._attn_implementation
-    branch_states(tiny_target, PROMPT, RESPONSE, DRAFT)
+    batch_branch_states(tiny_target, [(PROMPT, RESPONSE, DRAFT, [])])
     assert tiny_target.config._attn_implementation == usual
 
 
@@ -58,7 +58,7 @@ def test_the_models_attention_is_left_as_it_was(tiny_target):
 )
 def test_rows_that_do_not_fit_together_are_refused(tiny_target, row, told):
     with pytest.raises(ValueError, match=told):
-        branch_states(tiny_target, *row)
+        batch_branch_states(tiny_target, [row])
 
 
 def _mistral_with_window(window):
