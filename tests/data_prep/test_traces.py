@@ -59,7 +59,7 @@ def test_without_responses_the_program_that_makes_them_is_named(tmp_path):
 
 def test_disk_grows_with_what_is_stored():
     rows = [{"prompt_ids": [1] * 10, "response_ids": [1] * 100}]
-    sizes = [disk_bytes(rows, Recipe(traces=TracesConfig(**more))) for more in ({}, {"top_k": 32}, {"run_length": 8})]
+    sizes = [disk_bytes(rows, Recipe(traces=TracesConfig(**more))) for more in ({}, {"top_k": 32}, {"run_length": 20})]
     assert 100 * 4 * 16 * 4 < sizes[0] < min(sizes[1:])
 
 

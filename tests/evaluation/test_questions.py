@@ -21,6 +21,7 @@ def record(name, task="chat", split="test", messages=None, ids=(0, 3, 4), refere
         "prompt_id": name,
         "split": split,
         "task": task,
+        "kind": "",
         "messages": None if messages is None else json.dumps(messages),
         "tools": None,
         "recorded": None,
