@@ -155,7 +155,7 @@ class ModelDrafter:
             self.cache.rollback([min(length, keep) for length, keep in zip(self.cache.lengths, kept, strict=True)])
         self._base = committed.lengths
         unread = zip(committed.tokens, self.cache.lengths, strict=True)
-        self.engine.read(self.cache, [tokens[length:-1] for tokens, length in unread])
+        self.engine.read(self.cache, [self._readable(tokens[length:-1]) for tokens, length in unread])
 
     def propose(
         self,
@@ -185,7 +185,7 @@ class ModelDrafter:
         self._base = committed.lengths
         tokens_BQ, counts = self._pending(committed.tokens)
         first = self.engine.forward(self.cache, tokens_BQ, counts, keep="last").logits
-        rest = self.engine.forward(self.cache, draft.tokens_BK).logits
+        rest = self.engine.forward(self.cache, draft.tokens_BK.clamp(max=self.engine.entries - 1)).logits
         return torch.cat([first, rest], dim=1)[..., : self._setting.vocabulary]
 
     def commit(self, agreed: Sequence[int]) -> None:
@@ -201,12 +201,17 @@ class ModelDrafter:
 
     def _pending(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
         """What the cache has not read of each text: at least the last token."""
-        unread = [text[length:] for text, length in zip(texts, self.cache.lengths, strict=True)]
+        unread = [self._readable(text[length:]) for text, length in zip(texts, self.cache.lengths, strict=True)]
         chunk = self.engine.chunk
         if max(map(len, unread)) > chunk:
             self.engine.read(self.cache, [text[:-1] for text in unread])
             unread = [text[-1:] for text in unread]
         return pad(unread, self.engine.device)
+
+    def _readable(self, tokens: Sequence[int]) -> list[int]:
+        """The target may emit tokens that the drafter has no entry for: it reads them as its last one."""
+        last = self.engine.entries - 1
+        return [min(token, last) for token in tokens]
 
 
 class _Round:
@@ -263,7 +268,8 @@ class _Round:
             length_B,
             torch.cat(probs, 1) if probs else None,
             source=self.name,
-            forwards={self.name: len(drawn) if length_B is None else length_B},
+            # a single row pays for every forward; of a batch each row for those of its own tokens
+            forwards={self.name: len(drawn) if length_B is None or len(self.limits) == 1 else length_B},
         )
 
     def _draw(self, logits_BKV: Tensor, number: int, u_BK: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

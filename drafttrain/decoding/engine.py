@@ -16,10 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drafttrain.errors import UserError
-from drafttrain.ops.attention import attending, prepare_mask
+from drafttrain.ops.attention import attending, layer_windows, prepare_mask
 from drafttrain.ops.cache import DenseCache
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class Output(NamedTuple):
@@ -42,6 +40,9 @@ class Engine:
         vocabulary: logits beyond it are padding rows of the embedding and are cut off; None keeps all.
         chunk: prompts are read in pieces of this many tokens.
 
+    Attributes:
+        entries: token ids below this can be read.
+
     Raises:
         UserError: the model has layers that cannot be rolled back (recurrent, chunked) or no such vocabulary.
     """
@@ -51,11 +52,12 @@ class Engine:
         self.model = model
         self.config = config
         self.chunk = chunk
-        self.windows = _layer_windows(config)
+        self.windows = layer_windows(config)
         self.layers: int = config.num_hidden_layers
         self.groups: int = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
         self.softcap = getattr(config, "attn_logit_softcapping", None) is not None
         self._embedding = model.get_input_embeddings()
+        self.entries: int = self._embedding.weight.shape[0]
         rows = model.get_output_embeddings().weight.shape[0]
         self.vocabulary = rows if vocabulary is None else vocabulary
         if not 0 < self.vocabulary <= rows:
@@ -153,26 +155,6 @@ def _last_real(hidden_BQH: Tensor, counts: Sequence[int] | None) -> Tensor:
         return hidden_BQH[:, -1:]
     index_B = torch.tensor([max(count - 1, 0) for count in counts], device=hidden_BQH.device)
     return hidden_BQH[torch.arange(len(counts), device=hidden_BQH.device), index_B].unsqueeze(1)
-
-
-def _layer_windows(config: object) -> dict[str, int | None]:
-    """The sliding window of every kind of layer, None for full attention.
-
-    Raises:
-        UserError: a layer kind whose state cannot be rolled back by length.
-    """
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if kinds is None:
-        return {"full_attention": window}
-    unknown = sorted(set(kinds) - _LAYER_TYPES)
-    if unknown:
-        raise UserError(
-            f"{config.model_type} has {unknown[0]} layers, which cannot be rolled back after a rejected draft; "
-            "use a model whose layers are full or sliding-window attention"
-        )
-    windows = {"full_attention": None, "sliding_attention": window}
-    return {kind: windows[kind] for kind in sorted(set(kinds))}
 
 
 def _output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:

@@ -29,7 +29,7 @@ from drafttrain.models.loading import (
     drafter_path,
     load_drafter,
     load_target,
-    shared_vocabulary,
+    vocabulary_size,
 )
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder
@@ -62,9 +62,8 @@ class Models:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that both models and the tokenizer know."""
-        entries = 1 + max(self.tokenizer.get_vocab().values())
-        return min(entries, shared_vocabulary(self.target.model, self.drafter.model))
+        """Token ids that the target can emit: those that the tokenizer knows too, not what pads its embedding."""
+        return self._known(self.target.model)
 
     @property
     def device(self) -> torch.device:
@@ -87,8 +86,12 @@ class Models:
             models = [loaded.model for loaded in (self.target, self.drafter)]
             if dtype != self.dtype:
                 models = [_in_dtype(model, dtype, self.device) for model in models]
-            self._engines[dtype] = tuple(Engine(model, self.vocabulary) for model in models)
+            self._engines[dtype] = tuple(Engine(model, self._known(model)) for model in models)
         return self._engines[dtype]
+
+    def _known(self, model: Any) -> int:
+        """Token ids of the tokenizer that a model has logits for: a drafter may have fewer than its target."""
+        return min(1 + max(self.tokenizer.get_vocab().values()), vocabulary_size(model))
 
     def release(self, dtype: str) -> None:
         """Forget the engines of a dtype that was only needed for a check."""

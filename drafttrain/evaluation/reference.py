@@ -123,9 +123,11 @@ def _next(
     found: list[np.ndarray] = []
     for start in range(0, len(paths), batch):
         rows = [[*prompt, *path] for path in paths[start : start + batch]]
-        device = model.get_input_embeddings().weight.device
-        logits = model(input_ids=torch.tensor(rows, device=device), use_cache=False).logits[:, -1, :vocabulary]
-        found += [distribution(row, sampling) for row in logits.double().cpu().numpy()]
+        weight = model.get_input_embeddings().weight
+        tokens = torch.tensor(rows, device=weight.device).clamp(max=len(weight) - 1)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, -1, :vocabulary].double().cpu().numpy()
+        missing = vocabulary - logits.shape[1]  # of a drafter: it never proposes these
+        found += [np.pad(distribution(row, sampling), (0, missing)) for row in logits]
     return found
 
 

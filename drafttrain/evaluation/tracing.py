@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as pad_last
 
 from drafttrain.decoding.engine import Engine, pad
 from drafttrain.errors import UserError
@@ -63,8 +64,8 @@ class Tracer:
     """Makes trace rows of responses, a batch at a time.
 
     Args:
-        target: cut to the vocabulary that the pair shares.
-        drafter: likewise.
+        target: cut to the tokens that it can emit.
+        drafter: of as many logits or not; those it lacks have no probability, those beyond the target's do not count.
         settings: of the traces.
         heads: acceptance heads whose scores are stored, by name.
     """
@@ -124,7 +125,7 @@ class Tracer:
         settings, sampling = self.settings, self.settings.sampling
         p_logits_NV = _finite(self.target.logits(hidden_p_NH[part]), "target")
         device = p_logits_NV.device
-        q_logits_NV = _finite(self.drafter.logits(hidden_q_NH[part]).to(device), "drafter")
+        q_logits_NV = self._drafter_logits(hidden_q_NH[part]).to(device)
         x_N = batch.response_N[part].to(device)
         seen_NV = batch.seen(part, self.target.vocabulary, device) if sampling.penalised else None
         if sampling.greedy:
@@ -148,6 +149,12 @@ class Tracer:
         facts |= {"top_p_leaves_k": leaves_N}
         facts |= self._summary("p", p_logits_NV) | self._summary("q", q_logits_NV)
         return {name: value.cpu() for name, value in facts.items()}
+
+    def _drafter_logits(self, hidden_NH: Tensor) -> Tensor:
+        """The drafter's logits over the target's vocabulary [N, V]: as in decoding, cut or without what it lacks."""
+        logits_NV = self.drafter.logits(hidden_NH)
+        missing = self.target.vocabulary - self.drafter.vocabulary
+        return _finite(logits_NV if missing == 0 else pad_last(logits_NV, (0, missing), value=-torch.inf), "drafter")
 
     def _summary(self, name: str, logits_NV: Tensor) -> dict[str, Tensor]:
         """What is kept of a model's logits, before any sampling setting: the largest, and log Z of logits / t."""
@@ -193,13 +200,13 @@ class Tracer:
     def _draw(self, hidden_MH: Tensor, texts: list[list[int]], u_M: Tensor) -> tuple[Tensor, ...]:
         """The drafter's next token behind its states, its log q, the entropy and the maximum of q; [M], on the CPU."""
         sampling, drawn = self.settings.sampling, []
-        step = max(1, PIECE // self.drafter.vocabulary)
+        step = max(1, PIECE // self.target.vocabulary)
         for start in range(0, len(texts), step):
             part = slice(start, start + step)
-            logits_MV = _finite(self.drafter.logits(hidden_MH[part]), "drafter")
+            logits_MV = self._drafter_logits(hidden_MH[part])
             seen_MV = None
             if sampling.penalised:
-                seen_MV = seen_tokens(texts[part], self.drafter.vocabulary, logits_MV.device)
+                seen_MV = seen_tokens(texts[part], self.target.vocabulary, logits_MV.device)
             if sampling.greedy:
                 token_M = sampling.choose(logits_MV, seen_MV)
                 scoring_MV = sampling.scoring.probabilities(logits_MV)

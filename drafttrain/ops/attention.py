@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
+from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 
 NAME = "drafttrain"
@@ -44,6 +45,26 @@ def attending(config: PreTrainedConfig) -> Iterator[None]:
         yield
     finally:
         object.__setattr__(config, "_attn_implementation_internal", usual)
+
+
+def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
+    """The sliding window of every kind of layer of a model, None for full attention.
+
+    Raises:
+        UserError: a layer kind whose state cannot be rolled back by length.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        return {"full_attention": window}
+    windows = {"full_attention": None, "sliding_attention": window}
+    unknown = sorted(set(kinds) - set(windows))
+    if unknown:
+        raise UserError(
+            f"{config.model_type} has {unknown[0]} layers, which cannot be rolled back after a rejected draft; "
+            "use a model whose layers are full or sliding-window attention"
+        )
+    return {kind: windows[kind] for kind in sorted(set(kinds))}
 
 
 def prepare_mask(

@@ -6,6 +6,7 @@ import torch
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import ModelDrafter, Setting
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.stopping import Confidence
 from drafttrain.ops.random import Draws
 from drafttrain.ops.sampling import Sampling, seen_tokens
 from tests.decoding.support import greedy_reference, pair
@@ -128,3 +129,16 @@ def test_labels_are_one_for_all_or_one_a_token():
     tokens = torch.zeros(1, 2, dtype=torch.int64)
     assert Draft(tokens, source="copy").label(0, 1) == "copy"
     assert Draft(tokens, source=[["copy", "model"]]).label(0, 1) == "model"
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_every_forward_of_a_single_row_is_counted(model, monkeypatch, check_every):
+    """With a threshold of zero the draft is one token; whoever asks later has made the other forwards by then."""
+    drafter = ModelDrafter(Engine(model), stop=Confidence(0.0), check_every=check_every)
+    committed = Committed([[1, 5, 3, 8]], [0])
+    drafter.start(committed, Setting(Sampling(0.0), frozenset(), 24, 64))
+    made, forward = [], drafter.engine.forward
+    monkeypatch.setattr(drafter.engine, "forward", lambda *args, **more: made.append(1) or forward(*args, **more))
+    draft = drafter.propose(committed, None, [9], Draws(0, [0], [4], CPU))
+    assert [len(row) for row in draft.rows()] == [1]
+    assert draft.forwards == {"drafter": len(made)} and len(made) == check_every

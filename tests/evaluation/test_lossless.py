@@ -1,6 +1,7 @@
 """A right decoder passes; decoders with the known bugs do not; a test without power does not count as a proof."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ def models(tiny_tokenizer):
     return Models(target, drafter, {}, end_tokens(tiny_tokenizer, None), "float32")
 
 
+@pytest.fixture(scope="module")
+def short_models(models, tiny_tokenizer):
+    """The same pair, but of a drafter that lacks the last forty tokens, one answer token in eight."""
+    drafter = copy.deepcopy(models.drafter.model)
+    drafter.resize_token_embeddings(len(tiny_tokenizer) - 40)
+    return dataclasses.replace(models, drafter=dataclasses.replace(models.drafter, model=drafter), _engines={})
+
+
 def found_by(models, answers):
     return lossless.distribution_tests(models, METHOD, PROMPT, Sampling(1.0), 0, answers)
 
@@ -43,6 +52,21 @@ def test_the_decoder_is_lossless_and_its_controls_are_rejected(models, method):
     controls = [test for test in proof.distributions if test.must_reject]
     assert len(controls) == (1 if method == "Autoregressive()" else 2)
     assert all(control.p_value < lossless.FALSE_ALARM for control in controls)
+
+
+def test_a_drafter_that_lacks_tokens_takes_none_from_the_target(short_models):
+    proof = lossless.prove(short_models, METHOD, [PROMPT, [0, 4]], [Sampling(1.0)], 4.0, 0, answers=1500)
+    assert proof.passed, proof
+    decoder = short_models.decoder(METHOD, Sampling(1.0), 0, "float32")
+    lacking = short_models.engines("float32")[1].vocabulary
+    assert any(max(answer) >= lacking for answer in lossless.draw(decoder, PROMPT, 100))
+
+
+def test_a_target_cut_to_its_drafters_tokens_is_caught(short_models, monkeypatch):
+    for engine in short_models.engines("float32"):
+        monkeypatch.setattr(engine, "vocabulary", short_models.engines("float32")[1].vocabulary)
+    [found, *_] = found_by(short_models, lossless.ANSWERS)
+    assert not found.passed
 
 
 def test_a_decoder_that_keeps_rejected_mass_is_caught(models, monkeypatch):

@@ -336,3 +336,22 @@ def test_draws_are_keyed_by_prompt_and_turn():
     ids = {sample_id(prompt, turn) for prompt in ("a", "b", "a1") for turn in (0, 1, 11)}
     assert len(ids) == 9
     assert all(0 <= key < 2**63 for key in ids)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0), Sampling(1.0, repetition_penalty=1.3)])
+def test_tokens_that_the_drafter_lacks_are_rejected_and_read_as_its_last(sampling):
+    """As in decoding: p keeps its whole vocabulary, and q gives nothing to what it does not know."""
+    target, drafter = build_llama(seed=0).double(), build_llama(VOCABULARY - 40, seed=0).double()
+    response = {"prompt_id": "p", "split": "tune", "task": "", "source": "", "turn": 0}
+    response |= {"prompt_ids": [4, VOCABULARY - 1, 9], "response_ids": [7, VOCABULARY - 3, 12, 30]}
+    engines = Engine(target), Engine(drafter)
+    [row] = Tracer(*engines, TraceSettings(sampling, top_k=4, run_length=2)).trace([response])
+    assert row["draft_ids"][1] != VOCABULARY - 3 and max(*row["draft_ids"], *row["run_ids"]) < VOCABULARY - 40
+    if sampling != Sampling(1.0):
+        return
+    text = [*response["prompt_ids"], *response["response_ids"]]
+    read = torch.tensor([text]).clamp(max=VOCABULARY - 41)
+    with torch.no_grad():
+        p, q = target(torch.tensor([text])).logits[0].softmax(-1), drafter(read).logits[0].softmax(-1)
+    overlap = torch.minimum(p[2:-1, : q.shape[1]], q[2:-1]).sum(1)
+    assert np.allclose(row["overlap"], overlap.numpy(), atol=1e-6)
