@@ -111,17 +111,6 @@ class Parsed:
 
         return yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True)
 
-    def require(self, *keys: str) -> None:
-        """Refuse to go on without these settings.
-
-        Raises:
-            UserError: one of them (`section.field`) is None or empty.
-        """
-        for key in keys:
-            section, name = key.split(".")
-            if getattr(getattr(self.recipe, section), name) in (None, "", [], {}):
-                raise UserError(f"{key} is not set; give it in the recipe or as --{key}.")
-
 
 def parse(
     description: str,

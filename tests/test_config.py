@@ -250,12 +250,6 @@ def test_an_alias_stands_for_a_long_flag():
     assert parsed.recipe.export.to == "vllm"
 
 
-def test_require_names_the_setting_that_is_missing(ask):
-    ask().require("target.path")
-    with pytest.raises(UserError, match=r"drafter\.path is not set.*--drafter\.path"):
-        ask().require("target.path", "drafter.path")
-
-
 # Paths
 
 
