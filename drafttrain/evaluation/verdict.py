@@ -139,24 +139,33 @@ def _capital(text: str) -> str:
 
 
 def _adaptive(rows: Sequence[MethodResult], first: SettingVerdict) -> str | None:
-    """What the best adaptive rule adds to the best fixed length, and a head to confidence, in the first setting."""
+    """What an adaptive rule adds to the best fixed length, and a head to confidence, in the first setting.
+
+    Of several rules the one that replay chose is judged: the best of those that were run would have luck in its
+    interval.
+    """
     here = [row for row in rows if row.sampling == first.sampling]
     compared = [row for row in here if row.kind in _ADAPTIVE and "fixed" in row.versus]
     if not compared:
         return None
-    best = max(compared, key=lambda row: row.versus["fixed"].value)
-    gain, name = best.versus["fixed"], _ADAPTIVE[best.kind]
-    enough = best.overall.prompts >= LEAST_PROMPTS
+    chosen = max(compared, key=_replayed)
+    gain, name = chosen.versus["fixed"], _ADAPTIVE[chosen.kind]
+    enough = chosen.overall.prompts >= LEAST_PROMPTS
     if enough and gain.low > 1:
         line = f"The {name} earns its place: {_change(gain)} over the best fixed length measured"
     elif enough and gain.high < 1:
         line = f"The {name} costs more than it saves: {_change(gain)} against the best fixed length; use that"
     else:
         line = f"The {name} adds nothing that this many prompts could prove: {_change(gain)} over the best fixed length"
-    heads = [row.versus["confidence"] for row in here if row.kind == "head" and "confidence" in row.versus]
+    heads = [row for row in here if row.kind == "head" and "confidence" in row.versus]
     if heads:
-        line += f"; the head is {_change(max(heads, key=lambda i: i.value))} against the best confidence threshold"
+        ratio = max(heads, key=_replayed).versus["confidence"]
+        line += f"; the head is {_change(ratio)} against the best confidence threshold"
     return f"{line}."
+
+
+def _replayed(row: MethodResult) -> float:
+    return row.replayed_speedup or 0.0
 
 
 def _change(ratio: Interval) -> str:

@@ -122,6 +122,18 @@ def test_what_an_adaptive_rule_adds_is_said_with_its_interval():
     assert any("adds nothing" in line for line in decide(report.methods, [], [], 1.05).details)
 
 
+def test_the_adaptive_rule_that_replay_chose_is_judged_not_the_luckiest():
+    report, _ = synthetic.report(samplings=("greedy",))
+    heads = [row for row in report.methods if row.kind == "head"]
+    for row in report.methods:
+        row.replayed_speedup = 1.5
+    heads[0].replayed_speedup, heads[0].versus = 1.6, {"fixed": Interval(1.04, 1.02, 1.06)}
+    heads[1].versus = {"fixed": Interval(1.3, 1.2, 1.4), "confidence": Interval(1.2, 1.1, 1.3)}
+    heads[0].versus["confidence"] = Interval(1.01, 0.97, 1.05)
+    [line] = [line for line in decide(report.methods, [], [], 1.05).details if "earns its place" in line]
+    assert "+4 % [+2, +6] over the best fixed" in line and "+1 % [-3, +5] against the best confidence" in line
+
+
 def test_the_way_to_perfect_stopping_is_told_by_replay():
     report, _ = synthetic.report(samplings=("greedy",))
     [line] = [line for line in report.verdict.details if "perfect stopping" in line]
