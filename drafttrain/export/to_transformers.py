@@ -26,6 +26,7 @@ def prepare(model: PreTrainedModel, advice: Advice) -> None:
 def command(target: TargetConfig, folder: Path, advice: Advice) -> str:
     """How it is used: Python, for there is nothing to serve."""
     where = f'"{target.path}"' + (f', revision="{target.revision}"' if target.revision else "")
+    where += ", trust_remote_code=True" if target.trust_remote_code else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"tokenizer = AutoTokenizer.from_pretrained({where})\n"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drafttrain.config import parse
+from drafttrain.config import TargetConfig, parse
 from drafttrain.errors import UserError
-from drafttrain.export import plain
+from drafttrain.export import plain, to_transformers
 from drafttrain.export.command import export
 from drafttrain.models.checkpoint import CheckpointInfo, read_info, save_checkpoint
 from drafttrain.models.fingerprint import fingerprint
@@ -82,6 +82,14 @@ def assert_assists(model, drafter):
         alone = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         together = model.generate(**inputs, max_new_tokens=24, do_sample=False, assistant_model=drafter)
         assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_code_shown_lets_a_model_run_its_own_where_the_recipe_does(tmp_path, trusted):
+    target = TargetConfig(path="org/model", trust_remote_code=trusted)
+    lines = to_transformers.command(target, tmp_path, None).splitlines()
+    own = [line for line in lines if "org/model" in line]
+    assert len(own) == 2 and all(("trust_remote_code=True" in line) == trusted for line in own)
 
 
 def test_lora_is_merged(run, target):
