@@ -5,7 +5,6 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; every kind o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint
+from drafttrain.evaluation.sweep import head_of
 
 COLORS = {
     "autoregressive": "#767676",
@@ -266,8 +266,8 @@ def _family(point: SweepPoint) -> tuple[str, str]:
     """Kind, and what else tells its curves apart: the form of confidence, the name of a head not the run's own."""
     if "per_token=True" in point.method:
         return point.kind, "per token"
-    named = re.search(r"AcceptanceHead\((\w+)", point.method)
-    return point.kind, named.group(1) if named and named.group(1) != "head" else ""
+    name = head_of(point.method) if point.kind == "head" else None
+    return point.kind, name if name and name != "head" else ""
 
 
 def _pareto_family(axis: Axes, points: Sequence[SweepPoint], family: tuple[str, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,8 +154,8 @@ def to_sample(
         finish_reason=completion.finish_reason,
         text=text,
         counts=counts,
-        decode_seconds=_median(seconds),
-        prefill_seconds=_median([repeat.counts.prefill_seconds for repeat in completions]),
+        decode_seconds=statistics.median(seconds),
+        prefill_seconds=statistics.median(repeat.counts.prefill_seconds for repeat in completions),
         repetition=repetition(completion.token_ids),
         looping=loops(completion.token_ids, right),
         right=right,
@@ -173,12 +174,6 @@ def prompts_hash(questions: Iterable[Question]) -> str:
     """Identity of a set of test prompts: contexts of first turns, whatever their order."""
     ids = sorted(f"{q.prompt_id} {q.ids} {q.limit}" for q in questions if q.turn == 0)
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _digest(text: str) -> int:
