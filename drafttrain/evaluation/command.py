@@ -20,7 +20,7 @@ from drafttrain.config import Parsed, SamplingConfig
 from drafttrain.distributed import say
 from drafttrain.errors import UserError
 from drafttrain.evaluation import figures
-from drafttrain.evaluation.environment import describe, load, reset_peak, resident_bytes, streamed_bytes
+from drafttrain.evaluation.environment import describe, load, peak_bytes, streamed_bytes
 from drafttrain.evaluation.exactness import greedy_check, identity_check, sampled_check
 from drafttrain.evaluation.examples import examples, sample_path, write_samples
 from drafttrain.evaluation.inputs import Inputs, inputs_of
@@ -44,9 +44,10 @@ from drafttrain.evaluation.schema import (
 )
 from drafttrain.evaluation.schema import Sampling as NamedSampling
 from drafttrain.evaluation.sweep import Setting as SweptSetting
-from drafttrain.evaluation.sweep import family_of, kind_of, parameter_of, pick, settings, sweep
+from drafttrain.evaluation.sweep import check_length, family_of, kind_of, parameter_of, pick, settings, sweep
 from drafttrain.evaluation.tuning import calibrate, made_traces, record_for_replay, stored_traces, task_weights
 from drafttrain.evaluation.verdict import decide, predict, verdict_lines
+from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder
 
@@ -97,7 +98,7 @@ class _Measured:
     costs: dict[str, Costs]
     tuned_by: str
     timings: dict[str, Timings] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int | None] = field(default_factory=dict)
     lossless: dict[str, list[Exactness]] = field(default_factory=dict)
 
 
@@ -120,6 +121,9 @@ class Evaluation:
         self.head_metrics, self.tau_history = read_head_metrics(run), read_tau_history(run)
         self.inputs: Inputs = inputs_of(parsed, models.tokenizer, models.context)
         self.methods = [models.canonical(method) for method in self.config.methods or []]
+        for method in self.methods:
+            check_length(method)
+        self.notes: list[str] = []
 
     def report(self) -> Report:
         """Measure everything."""
@@ -144,12 +148,16 @@ class Evaluation:
             examples=[example for each in measured for example in self._examples(each)],
             head=self.head_metrics,
             tau_history=self.tau_history,
+            notes=self.notes,
         )
 
     # ---- one decoding setting ----
 
     def _setting(self, name: str, sampling: Sampling) -> _Measured:
         """Tune, run and check."""
+        for note in foreign_heads({head: each.config for head, each in self.models.heads.items()}, name, sampling):
+            say(note)
+            self.notes.append(note)
         say(f"{name}: measuring costs and replaying the tuning split")
         tuning = self._questions(self.inputs.tune, sampling)
         points, costs, tuned_by = self._tune(name, sampling, tuning)
@@ -180,7 +188,7 @@ class Evaluation:
         accept = self.parsed.accept_new_target
         traces = stored_traces(self.run, self.models, sampling, config.max_length, accept)
         if traces is None:
-            traces = made_traces(self.models, sampling, tuning, 8, config.max_length, self.seed)
+            traces = made_traces(self.models, sampling, tuning, 8, config.max_length, self.seed, self.inputs.apart)
         record = record_for_replay(self.models, traces, self.inputs.references)
         swept = settings(config, {name: head.config for name, head in self.models.heads.items()})
         known = {each.method for each in swept}
@@ -210,10 +218,13 @@ class Evaluation:
         groups = batches(measured.questions, config.batch_size)
         spread = groups[:: max(1, len(groups) // SPEED_CHECK_QUESTIONS)][:SPEED_CHECK_QUESTIONS]
         measured.timings = instrument_all(decoders, spread, models.engines())
+        decoders.clear()  # their caches are no memory of the next method's
         for method in methods:
-            reset_peak(models.device)
-            answer(decoders[method], groups[0])
-            measured.memory[method] = resident_bytes(models.device)
+            measured.memory[method] = self._peak_bytes(method, sampling, groups[0])
+
+    def _peak_bytes(self, method: str, sampling: Sampling, group: Sequence[Question]) -> int | None:
+        decoder = self.models.decoder(method, sampling, self.seed)
+        return peak_bytes(self.models.device, lambda: answer(decoder, group))
 
     def _check(self, measured: _Measured, method: str, sampling: Sampling) -> Exactness:
         """The tier that applies to the dtype of the measurement."""
@@ -313,6 +324,17 @@ class Evaluation:
             return []
         best = max(rates, key=rates.get)
         return examples(self.models.tokenizer, measured.questions, measured.samples[best])
+
+
+def foreign_heads(heads: Mapping[str, AcceptanceHeadConfig], name: str, sampling: Sampling) -> list[str]:
+    """A sentence on each head that was trained for another decoding setting than this one, called `name`."""
+    made_for = {head: config.sampling for head, config in heads.items() if config.sampling}
+    return [
+        f"The acceptance head `{head}` was trained for {sampling_name(SamplingConfig(**setting))}: for {name} it "
+        "predicts acceptance less well than a head of that setting's own would."
+        for head, setting in made_for.items()
+        if Sampling(**setting) != sampling
+    ]
 
 
 def read_head_metrics(run: RunFolder) -> dict[str, Any] | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,18 +61,13 @@ def fast_dtype(device: torch.device) -> str:
     return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "float32"
 
 
-def resident_bytes(device: torch.device) -> int:
-    """Most memory in use so far: of the device on a GPU (since `reset_peak`), else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start `resident_bytes` anew where that is possible."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int | None:
+    """Most memory of a GPU in use while something runs; None on a CPU, which knows its process's whole life only."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device)
 
 
 def free_bytes(device: torch.device) -> int:

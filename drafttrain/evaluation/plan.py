@@ -14,7 +14,7 @@ from drafttrain.errors import UserError
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.names import sampling_name
 from drafttrain.evaluation.pair import head_names, speed_dtype
-from drafttrain.evaluation.sweep import settings
+from drafttrain.evaluation.sweep import check_length, settings
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
 from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_tokenizer
 from drafttrain.run_folder import RunFolder
@@ -32,6 +32,8 @@ def plan(parsed: Parsed) -> None:
     recipe, run = parsed.recipe, RunFolder(parsed.run)
     print(yaml.safe_dump({name: parsed.resolved[name] for name in _SECTIONS}, sort_keys=False).rstrip())
     path = check_pair(parsed, recipe.evaluate.methods or [])
+    for method in recipe.evaluate.methods or []:
+        check_length(method)
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
     heads = {name: load_config(run.path / name) for name in head_names(run)}
     found = inputs_of(parsed, target, _context(recipe, path), write=False)
@@ -53,7 +55,7 @@ def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
     recipe, run = parsed.recipe, RunFolder(parsed.run)
     path = drafter_path(recipe, run)
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
-    check_same_tokenizer(target, load_tokenizer(path), path)
+    check_same_tokenizer(target, load_tokenizer(path, None, recipe.target.trust_remote_code), path)
     _check_methods(methods, {"drafter", *head_names(run)})
     return path
 

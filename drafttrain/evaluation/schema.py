@@ -142,6 +142,7 @@ class MethodResult:
     breakdown: Breakdown | None = None
     lossless: list[Exactness] = field(default_factory=list)
     peak_memory: int | None = None
+    """bytes of the GPU at most in use, weights of both models included; None on a CPU"""
     kv_bytes: int | None = None
     versus: dict[str, Interval] = field(default_factory=dict)
     """ratio of decoding rates to the fastest measured method of another kind, on answers that count for both"""
@@ -164,6 +165,8 @@ class SweepPoint:
     task_speedups: dict[str, float] = field(default_factory=dict)
     measured: bool = False
     """whether it was picked for a real run"""
+    unobserved: float = 0.0
+    """share of its rounds that drafted on beyond what the traces hold, and were taken to stop there"""
 
 
 @dataclass
@@ -295,6 +298,8 @@ class Report:
     head: dict[str, Any] | None = None
     """metrics.json of the acceptance head"""
     tau_history: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """what else a reader must know of how this was measured, a sentence each"""
     plots: dict[str, str] = field(default_factory=dict)
     """PNG files by name, relative to the report"""
 
@@ -390,8 +395,12 @@ def read_samples(path: Path) -> list[Sample]:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; it belongs to the report beside it, run `drafttrain evaluate` again.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); run `drafttrain evaluate` again.") from None
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             samples.append(build(Sample, json.loads(line)))
         except (ValueError, SchemaError) as error:

@@ -1,7 +1,7 @@
 """Every setting, by replay: fixed lengths, thresholds of adaptive rules, the oracle; then the few worth running.
 
 A setting is judged on the tuning split, in the mixture of tasks that the test split will have: each task's counts are
-weighted by its test prompts over its tuning prompts. The test split itself is not looked at.
+weighted by its test prompts over its tuning prompts. The test split itself is not looked at, unless there is no other.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from drafttrain.config import EvaluateConfig
 from drafttrain.decoding.counts import Counts
-from drafttrain.decoding.expression import Member, build, parse_method
+from drafttrain.decoding.expression import Expression, Member, build, parse_method
+from drafttrain.errors import UserError
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.policies import OraclePolicy, policy_of
 from drafttrain.evaluation.replay import Tally, replay
 from drafttrain.evaluation.schema import Costs, Kind, SweepPoint
-from drafttrain.evaluation.trace_record import Record
+from drafttrain.evaluation.trace_record import LONGEST, Record
 from drafttrain.evaluation.verdict import predict
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 
@@ -58,7 +59,9 @@ def settings(config: EvaluateConfig, heads: Mapping[str, AcceptanceHeadConfig]) 
 
 
 def head_of(method: str) -> str | None:
-    """Name of the acceptance head that a method asks, None if it asks none."""
+    """Name of the acceptance head that a method asks, None if it asks none (nor does `ORACLE`, which is no method)."""
+    if method == ORACLE:
+        return None
     stop = dict(parse_method(method).arguments).get("stop")
     return next((value.name for _, value in stop.arguments if isinstance(value, Member)), None) if stop else None
 
@@ -92,6 +95,22 @@ def parameter_of(method: str) -> float | None:
     return float(arguments["length"]) if "length" in arguments else None
 
 
+def check_length(method: str) -> None:
+    """Refuse a method that drafts more tokens a round than replay can count.
+
+    Raises:
+        UserError: it does.
+    """
+    expression = parse_method(method)
+    arguments = dict(expression.arguments)
+    limits, stop = [arguments.get("length")], arguments.get("stop")
+    if isinstance(stop, Expression):
+        limits.append(dict(stop.arguments).get("max", 0))
+    longest = min((limit for limit in limits if isinstance(limit, int)), default=0)
+    if longest > LONGEST:
+        raise UserError(f"{expression} drafts up to {longest} tokens a round; give it {LONGEST} at most.")
+
+
 def sweep(
     record: Record,
     swept: Sequence[Setting],
@@ -107,7 +126,7 @@ def sweep(
         swept: the settings.
         models: to build their rules.
         costs: by family; the oracle has those of fixed lengths, whose rule costs nothing.
-        weights: of tasks.
+        weights: of tasks; ignored where no task that has a weight has an answer.
         sampling: name of the decoding setting that the traces were made for.
     """
     longest = max((each.parameter or 0 for each in swept if each.kind == "fixed"), default=12)
@@ -118,6 +137,8 @@ def sweep(
         for each, drafter in zip(swept, drafters, strict=True)
     ]
     everything = [*swept, Setting(ORACLE, "oracle", None)]
+    if not any(tokens * weights.get(task, 1.0) for task, tokens in zip(record.groups, record.tokens_G, strict=True)):
+        weights = {}
 
     def family(setting: Setting) -> str:
         return "fixed" if setting.kind == "oracle" else family_of(setting.method)
@@ -142,6 +163,7 @@ def _point(setting: Setting, tally: Tally, costs: Costs, weights: Mapping[str, f
         verification_rate=total.target_forwards / total.tokens,
         predicted_speedup=predict(total, costs),
         task_speedups={task: predict(counts, costs) for task, counts in by_task.items() if counts.tokens},
+        unobserved=tally.unobserved / tally.rounds,
     )
 
 

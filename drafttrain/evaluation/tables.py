@@ -195,6 +195,8 @@ def method_notes(report: Report) -> list[str]:
         "tau counts the bonus token. Discard rate: discarded drafted tokens per emitted token. Verification rate: "
         "target forwards per emitted token. c: one draft step; v(w): a target forward of width w; o: the rest of a "
         "round; all in autoregressive steps. Predicted: the method's own counts with these costs.",
+        *_unobserved(report),
+        *report.notes,
         *_machine(report),
     ]
 
@@ -219,6 +221,16 @@ def _work(report: Report) -> str:
         f"{work.repeats} repeats (median). Methods ran in turn prompt by prompt after a warm-up, the baseline among "
         "them, in the same process, engine and dtype."
     )
+
+
+def _unobserved(report: Report) -> list[str]:
+    share = max((point.unobserved for point in report.sweep), default=0.0)
+    if not share:
+        return []
+    return [
+        f"Replay took rounds to stop where the traces end: up to {100 * share:.1f} % of the rounds of a setting would "
+        "have drafted on. Their discarded tokens are counted too low (traces.run_length)."
+    ]
 
 
 def _machine(report: Report) -> list[str]:

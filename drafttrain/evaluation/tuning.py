@@ -99,9 +99,25 @@ def stored_traces(
 
 
 def made_traces(
-    models: Models, sampling: Sampling, questions: Sequence[Question], batch_size: int, run_length: int, seed: int
+    models: Models,
+    sampling: Sampling,
+    questions: Sequence[Question],
+    batch_size: int,
+    run_length: int,
+    seed: int,
+    apart: bool = True,
 ) -> Traces:
-    """Answer the tuning prompts without a drafter and trace the answers, in memory."""
+    """Answer the tuning prompts without a drafter and trace the answers, in memory.
+
+    Args:
+        models: of the pair.
+        sampling: how the answers are drawn.
+        questions: tuning prompts.
+        batch_size: answered together.
+        run_length: tokens that the drafter is followed for beyond every rejection.
+        seed: of all draws.
+        apart: whether none of them is a test prompt; only said in the origin.
+    """
     from drafttrain.evaluation.tracing import Tracer, TraceSettings
 
     decoder = models.decoder(AUTOREGRESSIVE, sampling, seed)
@@ -121,7 +137,8 @@ def made_traces(
         "max_new_tokens": max((question.limit for question in questions), default=1),
         "context": models.context,
     }
-    return Traces(rows, manifest, "replay of traces made for it (tuning prompts)")
+    prompts = "tuning prompts" if apart else "a quarter of the test prompts themselves, for want of tuning prompts"
+    return Traces(rows, manifest, f"replay of traces made for it ({prompts})")
 
 
 def _response(question: Question, ids: Sequence[int]) -> Row:

@@ -27,6 +27,7 @@ from drafttrain.evaluation.schema import (
     SweepPoint,
     Workload,
 )
+from drafttrain.evaluation.sweep import ORACLE
 from drafttrain.evaluation.verdict import decide, predict
 from drafttrain.training import calibration
 
@@ -146,7 +147,7 @@ def sweep(sampling):
     for i, h in enumerate((0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)):
         grid.append((f"Model(drafter, stop=AcceptanceHead(head, {h}))", "head", 2 + i, 0.75, h))
         grid.append((f"Model(drafter, stop=Confidence({h}))", "confidence", 2 + i, 0.6, h))
-    grid.append(("oracle", "oracle", 12, 1.0, None))
+    grid.append((ORACLE, "oracle", 12, 1.0, None))
     for method, kind, length, stop, parameter in grid:
         own = samples(method, sampling, length, stop, prompts=6, seed=1)
         base = samples(AUTOREGRESSIVE, sampling, 0, prompts=6, seed=1)

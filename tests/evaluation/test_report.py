@@ -1,11 +1,12 @@
 """The written report opens with the verdict, holds everything inside, and escapes what it quotes."""
 
 import base64
+import dataclasses
 import re
 
 import pytest
 
-from drafttrain.evaluation import plots, report
+from drafttrain.evaluation import plots, report, tables
 from drafttrain.evaluation.schema import read_report
 from drafttrain.evaluation.verdict import verdict_lines
 from drafttrain.run_folder import RunFolder
@@ -57,6 +58,25 @@ def test_every_method_stands_in_every_table(written):
     text = (written[1].path / "report.md").read_text()
     for row in written[0].methods:
         assert text.count(f"`{row.method}`") >= 3
+
+
+def test_notes_say_what_was_not_observed_and_what_else_is_to_be_known():
+    made, _ = synthetic.report(samplings=("greedy",), notes=["A head of another setting."])
+    assert "A head of another setting." in tables.method_notes(made)
+    assert not [line for line in tables.method_notes(made) if "where the traces end" in line]
+    made.sweep[3].unobserved = 0.254
+    [line] = [line for line in tables.method_notes(made) if "where the traces end" in line]
+    assert "up to 25.4 % of the rounds" in line
+
+
+def test_heads_of_other_names_are_curves_of_their_own():
+    made, _ = synthetic.report(samplings=("greedy",))
+    methods = {
+        "Model(drafter, stop=AcceptanceHead(head, 0.5))": ("head", ""),
+        "Model(drafter, stop=AcceptanceHead(published, 0.5))": ("head", "published"),
+    }
+    for method, family in methods.items():
+        assert plots._family(dataclasses.replace(made.sweep[0], method=method, kind="head")) == family
 
 
 def test_plots_without_data_are_left_out_and_old_ones_removed(tmp_path):

@@ -58,6 +58,9 @@ def test_missing_truncated_and_foreign_files_are_refused_in_a_sentence(made, tmp
     (tmp_path / "s.jsonl").write_text('{"prompt_id": "x"}\n')
     with pytest.raises(UserError, match="line 1 is damaged"):
         read_samples(tmp_path / "s.jsonl")
+    (tmp_path / "s.jsonl").write_bytes(b'{"prompt_id": "\xff"}\n')
+    with pytest.raises(UserError, match="is damaged"):
+        read_samples(tmp_path / "s.jsonl")
 
 
 def test_infinities_become_null(made):

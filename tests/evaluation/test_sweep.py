@@ -1,19 +1,41 @@
 """The sweep asks for every setting once, judges it in the test split's mixture, and picks the best of each family."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drafttrain.config import EvaluateConfig
 from drafttrain.decoding.counts import Counts
+from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import parse_method
+from drafttrain.errors import UserError
+from drafttrain.evaluation.command import foreign_heads
 from drafttrain.evaluation.names import sampling_name
 from drafttrain.evaluation.runner import Round, Timings
-from drafttrain.evaluation.schema import AUTOREGRESSIVE, SweepPoint
-from drafttrain.evaluation.sweep import family_of, head_of, kind_of, parameter_of, pick, settings, weighted
+from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs, SweepPoint
+from drafttrain.evaluation.sweep import (
+    ORACLE,
+    Setting,
+    check_length,
+    family_of,
+    head_of,
+    kind_of,
+    parameter_of,
+    pick,
+    settings,
+    sweep,
+    weighted,
+)
+from drafttrain.evaluation.trace_record import Record
+from drafttrain.evaluation.trace_scores import Scores
 from drafttrain.evaluation.tuning import by_family, counts, task_weights
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
+from drafttrain.ops.sampling import Sampling
 from drafttrain.recipe import SamplingConfig
+from tests.conftest import build_llama
 
 HEAD = "Model(drafter, stop=AcceptanceHead(head, 0.7, min=2))"
 
@@ -44,6 +66,7 @@ def test_every_length_and_threshold_is_swept_once_in_canonical_form():
 def test_methods_are_told_apart_by_their_expressions(method, kind, parameter, family):
     assert (kind_of(method), parameter_of(method), family_of(method)) == (kind, parameter, family)
     assert head_of(method) == ("head" if kind == "head" else None)
+    assert head_of(ORACLE) is None
 
 
 def point(method, speedup):
@@ -135,3 +158,62 @@ def test_each_family_has_costs_of_its_own_and_all_share_the_targets():
 )
 def test_settings_are_named_for_people(settings_given, name):
     assert sampling_name(SamplingConfig(**settings_given)) == name
+
+
+def swept(run_length, weights, *methods):
+    """Points of these methods, replayed over thirty tokens of task "a" that a third of the drafted ones are not."""
+    accepted = np.arange(30) % 3 != 2
+    scores = Scores(np.full((30, 1), 0.9), np.full((10, run_length, 1), 0.9))
+    nowhere, runs = np.zeros(30, dtype=bool), np.zeros((10, run_length), dtype=bool)
+    record = Record.make([30], accepted, nowhere, runs, [False], None, ["a"], {"confidence": scores})
+    models = SimpleNamespace(members=lambda: {"drafter": Engine(build_llama(24, layers=1, hidden=16))})
+    costs = {"fixed": Costs(1.0, {"drafter": 0.1}, [1.0] * 13, 0.0)}
+    asked = [Setting(method, kind_of(method), parameter_of(method)) for method in methods]
+    return sweep(record, asked, models, costs, weights, "greedy")
+
+
+def test_a_sweep_says_how_far_rules_drafted_on_beyond_the_traces():
+    method = "Model(drafter, stop=Confidence(0.9, max=6))"
+    short, long = swept(0, {}, method)[0], swept(6, {}, method)[0]
+    assert short.unobserved > 0.5 and long.unobserved == 0
+    assert short.tau == long.tau and short.discard_rate < long.discard_rate
+
+
+def test_weights_that_leave_no_answer_do_not_count():
+    fixed = "Model(drafter, length=3)"
+    assert swept(0, {"a": 0.0, "b": 2.0}, fixed) == swept(0, {}, fixed)
+
+
+def test_a_method_is_replayed_no_longer_than_its_drafter_drafts():
+    cut, whole = "Model(drafter, length=2, stop=Confidence(0.9, max=6))", "Model(drafter, stop=Confidence(0.9, max=2))"
+    first, second, _ = swept(6, {}, cut, whole)
+    assert (first.tau, first.discard_rate) == (second.tau, second.discard_rate)
+
+
+@pytest.mark.parametrize(
+    ("method", "fine"),
+    [
+        ("Model(drafter, length=300)", False),
+        ("Model(drafter, stop=Confidence(0.4, max=300))", False),
+        ("Model(drafter, length=8, stop=Confidence(0.4, max=300))", True),
+        ("Model(drafter, length=300, stop=Confidence(0.4))", True),
+        ("Model(drafter, length=250)", True),
+        (AUTOREGRESSIVE, True),
+    ],
+)
+def test_drafts_longer_than_replay_counts_are_refused(method, fine):
+    if fine:
+        check_length(method)
+        return
+    with pytest.raises(UserError, match="300 tokens a round"):
+        check_length(method)
+
+
+def test_a_head_trained_for_another_setting_is_named():
+    heads = {
+        "head": AcceptanceHeadConfig(8, sampling={"temperature": 1.0, "top_k": 0}),
+        "greedy_head": AcceptanceHeadConfig(8, sampling={"temperature": 0.0}),
+        "untrained": AcceptanceHeadConfig(8),
+    }
+    [note] = foreign_heads(heads, "greedy", Sampling(0.0))
+    assert "`head` was trained for temperature 1:" in note and "greedy" in note

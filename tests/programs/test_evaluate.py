@@ -84,7 +84,8 @@ def test_the_report_holds_every_kind_under_every_setting(probe):
         assert [swept.count(kind) for kind in ("fixed", "confidence", "head", "oracle")] == [4, 14, 8, 1]
     assert report.workload.prompts == {"chat": 3, "all": 3}
     assert all(row.costs and row.predicted_speedup and row.replayed_speedup for row in report.of("greedy"))
-    assert all(row.kv_bytes and row.peak_memory and row.breakdown for row in report.methods)
+    assert all(row.kv_bytes and row.breakdown for row in report.methods)
+    assert all((row.peak_memory is not None) == torch.cuda.is_available() for row in report.methods)
     assert {"speedup", "length", "pareto", "breakdown"} <= set(report.plots)
     assert all((probe / path).is_file() for path in report.plots.values())
     assert report.environment.cores and report.environment.versions["torch"]
@@ -183,6 +184,8 @@ def test_mistakes_are_told_in_a_sentence(files, tmp_path, capsys, plan):
     assert "lenght" in refused(capsys, "evaluate", *flags(files, tmp_path / "a", *method, *plan))
     method = ("--evaluate.methods", '["Model(drafter, stop=AcceptanceHead(head, 0.5))"]')
     assert "head" in refused(capsys, "evaluate", *flags(files, tmp_path / "b", *method, *plan))
+    method = ("--evaluate.methods", '["Model(drafter, length=300)"]')
+    assert "300 tokens a round" in refused(capsys, "evaluate", *flags(files, tmp_path / "e", *method, *plan))
     nothing = ("--target.path", str(files / "target"), "--run", str(tmp_path / "c"), *plan)
     assert "there is no drafter" in refused(capsys, "evaluate", *nothing)
     prompts = ("--prompts.path", str(tmp_path / "none.jsonl"), *plan)
@@ -211,6 +214,16 @@ def test_lossless_writes_its_proof(files, tmp_path, capsys):
     assert "Model(drafter, length=3): lossless" in capsys.readouterr().out
     proof = json.loads((tmp_path / "proof" / "lossless.json").read_text())
     assert proof["passed"] and len(proof["proofs"][0]["distributions"]) == 3
+
+
+def test_the_plan_of_a_proof_runs_nothing_and_fails_on_what_would_fail(files, tmp_path, capsys):
+    pair = ("--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"))
+    planned = ("lossless", *pair, "--run", str(tmp_path / "proof"), "--plan", "--method")
+    main([*planned, "Model(drafter, length=3)"])
+    text = capsys.readouterr().out
+    assert "Model(drafter, length=3): greedy in float64" in text and "by chi-square" in text
+    assert "stranger" in refused(capsys, *planned, "Model(stranger, length=3)")
+    assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.slow
