@@ -1,0 +1,118 @@
+"""The programs accept the command lines of the benchmarks, and the benchmarks find their figures in a report."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import adaptive_length, speculation
+from data_prep import responses, traces
+from drafttrain import train_drafter, train_head
+from drafttrain.config import parse
+from drafttrain.evaluation.statistics import Interval
+from tests.evaluation import synthetic
+
+SECTIONS = {
+    "data_prep/responses.py": responses.SECTIONS,
+    "data_prep/traces.py": traces.SECTIONS,
+    "drafttrain/train_drafter.py": train_drafter.SECTIONS,
+    "drafttrain/train_head.py": train_head.SECTIONS,
+    "evaluate": ("target", "drafter", "prompts", "traces", "head", "evaluate"),
+}
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["adaptive_length.py", "--run", str(tmp_path), "--seeds", "2"])
+    return adaptive_length._options()
+
+
+def accepted(command):
+    """Program and recipe of a command, as the program reads it."""
+    program, *flags = command
+    if program == "-m":
+        module, program, *flags = flags
+        assert module == "drafttrain.cli"
+    return program, parse("", SECTIONS[program], flags)
+
+
+@pytest.mark.parametrize("name", adaptive_length.TEMPERATURES)
+def test_every_command_of_the_chain_is_accepted(options, name):
+    read = [accepted(command) for command in adaptive_length.chain(name, options)]
+    programs = [program for program, _ in read]
+    trains = ["drafttrain/train_drafter.py"] if name == "sampled" else []
+    heads = ["drafttrain/train_head.py"] * 3
+    assert programs == ["data_prep/responses.py", *trains, "data_prep/traces.py", *heads, "evaluate"]
+    temperature = adaptive_length.TEMPERATURES[name]
+    assert {parsed.run for _, parsed in read} == {options.run / name}
+    assert {parsed.recipe.responses.sampling.temperature for _, parsed in read} == {temperature}
+    assert [each.temperature for each in read[-1][1].recipe.evaluate.samplings] == [temperature]
+
+
+def test_heads_differ_in_seed_and_folder_and_the_published_one_keeps_its_own_form(options):
+    read = [
+        parsed.recipe
+        for program, parsed in map(accepted, adaptive_length.chain("greedy", options))
+        if "head" in program
+    ]
+    assert [(recipe.head.folder, recipe.head.tied) for recipe in read] == [
+        ("head_0", False),
+        ("head_1", False),
+        (adaptive_length.PUBLISHED, True),
+    ]
+    assert [recipe.seed for recipe in read[:2]] == [0, 1]
+    ours, published = read[0], read[2]
+    assert published.target.path == ours.target.path and published.drafter.path == ours.drafter.path
+    assert published.head.arguments["num_train_epochs"] == ours.head.arguments["num_train_epochs"]
+    assert (published.head.w_rej, published.head.mixing) == (6.0, 0.15)
+
+
+@pytest.mark.parametrize("task", speculation.TASKS)
+def test_the_evaluations_of_speculation_are_accepted(task, tmp_path):
+    options = argparse.Namespace(
+        target="checkpoints/reference-target", drafter=Path("d"), run=tmp_path, prompts=16, length=160, repeats=3
+    )
+    temperature = speculation.TASKS[task]
+    parsed = parse("", SECTIONS["evaluate"], speculation.flags(task, temperature, options))
+    assert parsed.recipe.prompts.mixture == {task: 16 * speculation.TRIED}
+    assert parsed.recipe.responses.sampling.temperature == temperature and parsed.run == tmp_path / task
+
+
+@pytest.fixture(scope="module")
+def report():
+    """One decoding setting, with a head of ours and the published one in place of the synthetic report's heads."""
+    made, _ = synthetic.report(samplings=("greedy",))
+    old = [point for point in made.sweep if point.kind == "head"]
+    row = next(row for row in made.methods if row.kind == "head")
+    made.sweep = [point for point in made.sweep if point.kind != "head"]
+    made.methods = [each for each in made.methods if each.kind != "head"]
+    for name, gain in (("head_0", 1.1), ("published", 1.05)):
+        points = [dataclasses.replace(p, method=p.method.replace("(head,", f"({name},")) for p in old]
+        best = max(points, key=lambda point: point.predicted_speedup)
+        made.sweep += points
+        versus = {"fixed": Interval(gain, gain - 0.02, gain + 0.02), "confidence": Interval(1.02, 1.0, 1.04)}
+        changes = {"method": best.method, "replayed_speedup": best.predicted_speedup, "versus": versus}
+        made.methods.append(dataclasses.replace(row, **changes))
+    return made
+
+
+def test_the_figures_of_adaptive_length_are_those_of_the_report(report):
+    figures, rows = adaptive_length.figures_of(report)
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["gain_over_best_fixed"] == figures["least_gain_over_best_fixed"] == 1.1
+    assert figures["gain_over_confidence"] == 1.02
+    assert figures["speedup_oracle"] == max(p.predicted_speedup for p in report.sweep if p.kind == "oracle")
+    assert figures["speedup_best_fixed"] == max(r.overall.speedup.value for r in report.of("greedy", "fixed"))
+    assert figures["oracle_gap_closed"] > figures["published_gap_closed"]
+    assert [row["head"] for row in rows] == ["head_0", "published"]
+
+
+def test_the_figures_of_speculation_are_of_the_setting_that_replay_chose(report):
+    chosen = max((row for row in report.methods if row.replayed_speedup), key=lambda row: row.replayed_speedup)
+    figures = speculation.figures_of(report, "revise")
+    assert figures["speedup_revise"] == chosen.overall.speedup.value
+    assert figures["speedup_revise_low"] <= figures["speedup_revise"] <= figures["speedup_revise_high"]
+    assert figures["revise_answers"] == chosen.overall.prompts
