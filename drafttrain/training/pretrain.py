@@ -193,6 +193,7 @@ def train(run: Path, settings: PretrainConfig, stages: list[Stage]) -> tuple[Lla
         args=_arguments(run, settings, len(blocks)),
         train_dataset=blocks,
         data_collator=lambda items: items[0],
+        processing_class=tokenizer,  # saved with every checkpoint, so that a run can be continued from one
         optimizers=(optimizer, schedule),
         callbacks=[Probe(run, tokenizer, held_out, settings.save_every)],
     )
