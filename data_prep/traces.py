@@ -226,6 +226,7 @@ def make_tracer(recipe: Recipe, pair: TracedPair) -> "Tracer":
     """The object that makes the rows."""
     from drafttrain.decoding.engine import Engine
     from drafttrain.evaluation.tracing import Tracer, TraceSettings
+    from drafttrain.models.loading import vocabulary_size
     from drafttrain.ops.sampling import Sampling
 
     settings = TraceSettings(
@@ -235,7 +236,9 @@ def make_tracer(recipe: Recipe, pair: TracedPair) -> "Tracer":
         temperatures=tuple(recipe.traces.temperatures),
         run_length=recipe.traces.run_length,
     )
-    engines = [Engine(loaded.model, pair.vocabulary) for loaded in (pair.target, pair.drafter)]
+    entries = 1 + max(pair.target.tokenizer.get_vocab().values())
+    models = [pair.target.model, pair.drafter.model]
+    engines = [Engine(model, min(entries, vocabulary_size(model))) for model in models]  # as when decoding
     return Tracer(*engines, settings, pair.heads)
 
 
