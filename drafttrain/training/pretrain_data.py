@@ -144,22 +144,15 @@ class Blocks(Dataset):
 
     def _changes(self, draw: random.Random) -> Iterator[tuple[int, float]]:
         old, new, *words = draw.sample(NOUNS, draw.randint(6, 40))
-        change = draw.choice(("replace", "rename", "append", "prepend"))
-        lines = [draw.choices(words, k=draw.randint(1, 4)) for _ in range(draw.randint(2, 8))]
-        if change in ("replace", "rename"):
-            for line in draw.sample(lines, draw.randint(1, len(lines))):
-                line.insert(draw.randint(0, len(line)), old)
-        start, glue = ("", ",") if change == "rename" else ("- ", " ")
-
-        def text(*lines: list[str]) -> str:
-            return "\n".join(start + glue.join(line) for line in lines)
-
-        added = draw.choices(words, k=draw.randint(1, 4))
-        asked = f"{instruction(change, 'line', old, new, text(added), draw)}\n\n{text(*lines)}"
-        if change in ("append", "prepend"):
-            answer = text(*lines, added) if change == "append" else text(added, *lines)
-        else:
-            answer = text(*([new if word == old else word for word in line] for line in lines))
+        change = draw.choice(("replace", "replace", "append", "prepend"))
+        lines = [f"- {' '.join(draw.choices(words, k=draw.randint(1, 4)))}" for _ in range(draw.randint(2, 8))]
+        line = draw.choices(words, k=draw.randint(1, 4))
+        line.insert(draw.randint(0, len(line)), old)
+        after = [f"- {' '.join(new if word == old else word for word in line)}"]
+        before = [f"- {' '.join(line)}"] if change == "replace" else []
+        at = {"append": len(lines), "prepend": 0}.get(change, draw.randint(0, len(lines)))
+        passage, answer = ("\n".join([*lines[:at], *unit, *lines[at:]]) for unit in (before, after))
+        asked = f"{instruction(change, 'line', before, after)}\n\n{passage}"
         return self._chat(Example("revise", "revise/changes", 0, (Turn(asked, answer),)))
 
     def _code(self, size: int, draw: random.Random) -> Iterator[tuple[int, float]]:

@@ -48,27 +48,24 @@ def _join(form: str, units: list[str]) -> str:
 
 def make(change: str, rng: random.Random, room: Room, questions: int) -> tuple[Turn, ...]:
     """One passage and one change. `questions` is not used: a revision is one turn."""
-    form = "code" if change == "rename" else rng.choice(("prose", "record"))
+    form = rng.choice(tuple(_FORMS))
     old, new, *nouns = rng.sample(NOUNS, len(NOUNS))
-    added = _FORMS[form](rng, nouns, rng.choice(nouns))
-    asked = instruction(change, _UNIT_NAME[form], old, new, added, rng)
-    room.take(asked + "\n\n" + (added if change in ("append", "prepend") else ""))
-    marked = _marked(change, form, rng, room, nouns, old)
-    units = _scatter_in(rng, marked, _others(form, rng, room, nouns))
-    passage = _join(form, units)
-    return (Turn(f"{asked}\n\n{passage}", _revised(change, form, units, old, new, added)),)
+    before, after = _before_and_after(change, _FORMS[form](rng, nouns, old), old, new)
+    asked = instruction(change, _UNIT_NAME[form], before, after)
+    room.take(f"{asked}\n\n{before}\n{after}\n")
+    units = _units(form, rng, room, nouns)
+    at = {"append": len(units), "prepend": 0}.get(change, rng.randint(0, len(units)))
+    passage, answer = ([*units[:at], *unit, *units[at:]] for unit in (before, after))
+    return (Turn(f"{asked}\n\n{_join(form, passage)}", _join(form, answer)),)
 
 
-def _marked(change: str, form: str, rng: random.Random, room: Room, nouns: list[str], old: str) -> list[str]:
-    """The units that mention the word at stake: one, or as many as drawn while they fit."""
-    times = {"replace": rng.randint(1, 3), "rename": rng.randint(1, 4)}.get(change, 1)
-    units = [_FORMS[form](rng, nouns, old) for _ in range(times)]
-    room.take(2 * f"{units[0]}\n")
-    return units[:1] + [unit for unit in units[1:] if room.put(unit + "\n", times=2)]
+def _before_and_after(change: str, unit: str, old: str, new: str) -> tuple[list[str], list[str]]:
+    """The units at the place of the change: one with another word, or one where there was none."""
+    return ([unit], [re.sub(rf"\b{old}\b", new, unit)]) if change == "replace" else ([], [unit])
 
 
-def _others(form: str, rng: random.Random, room: Room, nouns: list[str]) -> list[str]:
-    """Units that do not mention the word, as many as fit twice; at least one."""
+def _units(form: str, rng: random.Random, room: Room, nouns: list[str]) -> list[str]:
+    """Units that do not mention the word at stake, as many as fit twice; at least one."""
     units: list[str] = []
     end = "" if form == "prose" else "\n"
     while True:
@@ -78,31 +75,12 @@ def _others(form: str, rng: random.Random, room: Room, nouns: list[str]) -> list
         units.append(unit)
 
 
-def _scatter_in(rng: random.Random, marked: list[str], units: list[str]) -> list[str]:
-    for unit in marked:
-        units.insert(rng.randint(0, len(units)), unit)
-    return units
+def instruction(change: str, unit: str, before: list[str], after: list[str]) -> str:
+    """What is asked for; units (lines or sentences) are quoted on lines of their own, as they stand in the passage."""
+    quoted = "\n".join(after)
+    if change == "replace":
+        return f"Replace this {unit}:\n{before[0]}\nby this {unit}:\n{quoted}"
+    return f"{'End' if change == 'append' else 'Begin'} with this {unit}:\n{quoted}"
 
 
-def instruction(change: str, unit: str, old: str, new: str, added: str, rng: random.Random) -> str:
-    """What is asked for: `change` of the word `old` (to `new`), or of a `unit` (line or sentence) that is `added`."""
-    forms = {
-        "replace": (f"Replace the word {old} by {new}.", f"Change the word {old} to {new}."),
-        "rename": (f"Rename `{old}` to `{new}`.", f"Change the name `{old}` to `{new}`."),
-        "append": (f"Add this {unit} at the end:\n{added}", f"End with this {unit}:\n{added}"),
-        "prepend": (f"Add this {unit} at the start:\n{added}", f"Begin with this {unit}:\n{added}"),
-    }
-    return rng.choice(forms[change])
-
-
-def _revised(change: str, form: str, units: list[str], old: str, new: str, added: str) -> str:
-    if change == "append":
-        return _join(form, [*units, added])
-    if change == "prepend":
-        return _join(form, [added, *units])
-    return re.sub(rf"\b{old}\b", new, _join(form, units))
-
-
-KINDS = tuple(
-    Kind(f"revise/{change}", 60, partial(make, change)) for change in ("replace", "rename", "append", "prepend")
-)
+KINDS = tuple(Kind(f"revise/{change}", 60, partial(make, change)) for change in ("replace", "append", "prepend"))
