@@ -21,6 +21,9 @@ LENGTHS = {512: 40, 2048: 40, 4096: 24, 8192: 16}
 
 QUICK = {512: 4}
 
+PASSAGE = 165
+"""Tokens of instruction, passage and answer of *revise*, at which a passage has 50 to 80."""
+
 
 def main() -> None:
     """Measure every kind at every length and print the table."""
@@ -28,6 +31,7 @@ def main() -> None:
     parser.add_argument("--target", default=str(ROOT / "checkpoints" / "reference-target"))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     arguments = parser.parse_args()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +48,8 @@ def main() -> None:
         )
     losses = code_losses(model, tokenizer, list(lengths))
     print("  ".join(f"code@{length}: {loss:.3f} nats" for length, loss in losses.items()))
-    finish("reference_target", {**summary(rows), **{f"code_loss_{k}": v for k, v in losses.items()}}, {"rows": rows})
+    figures = summary(rows) | {f"code_loss_{length}": loss for length, loss in losses.items()}
+    finish("reference_target", figures, rows, arguments.output)
 
 
 def task_rows(model, tokenizer, length: int, answers: int) -> list[dict]:
@@ -54,7 +59,7 @@ def task_rows(model, tokenizer, length: int, answers: int) -> list[dict]:
 
     rows = []
     for kind in KINDS:
-        size = 180 if kind.startswith("revise") else length
+        size = PASSAGE if kind.startswith("revise") else length
         if size != length and length != min(LENGTHS):
             continue  # a passage is short whatever the context
         result = answer_examples(model, tokenizer, held_out_examples(kind, size, answers, tokenizer))

@@ -113,7 +113,11 @@ def responses_manifest(recipe: Recipe, loaded: "Loaded", prompts: dict[str, Any]
 
 
 def summary(run: RunFolder) -> str:
-    """What the responses of a run are, in a line."""
+    """What the responses of a run are, in a line.
+
+    Raises:
+        UserError: there is none.
+    """
     from drafttrain.records import iter_records
 
     splits: Counter[str] = Counter()
@@ -122,9 +126,13 @@ def summary(run: RunFolder) -> str:
         splits[row["split"]] += 1
         tokens += len(row["response_ids"])
         ended += row["finish_reason"] == "eos"
-    total = splits.total()
+    if not (total := splits.total()):
+        raise UserError(
+            "no prompt got an answer: each is longer than the target's context, or its recorded answer is empty; see "
+            f"{run.prompts}."
+        )
     counts = ", ".join(f"{number} {split}" for split, number in sorted(splits.items(), reverse=True))
-    share = 100 * ended / max(1, total)
+    share = 100 * ended / total
     return f"responses: {total} ({counts}), {tokens} tokens, {share:.0f} % end by themselves, in {run.responses}"
 
 

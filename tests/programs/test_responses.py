@@ -141,6 +141,14 @@ def test_logged_answers_are_kept_without_decoding(target, tmp_path):
     assert (row["prompt_id"], row["text"], row["finish_reason"]) == ("one", "pear.", "eos")
 
 
+def test_a_run_that_ends_without_an_answer_says_so(target, tmp_path, capsys, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"q": "apple?", "a": "pear."}) + "\n")
+    monkeypatch.setattr("data_prep.answering.logged", lambda *_: iter(()))
+    fields = ["--prompts.fields", '{"prompt": "q", "answer": "a"}', "--responses.source", "logged"]
+    assert "no prompt got an answer" in refused(capsys, *settings(target, log), *fields, "--run", tmp_path / "run")
+
+
 def test_the_reference_world_needs_no_file(target, tmp_path):
     mixture = json.dumps({"code": 3, "revise": 3})
     world = ["--prompts.mixture", mixture, "--prompts.length", "200", "--responses.max_new_tokens", "4"]
