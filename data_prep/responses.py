@@ -42,13 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         plan(parsed)
         return
-    from drafttrain.distributed import init_if_launched, shutdown
+    from drafttrain.distributed import process_group
 
-    init_if_launched()
-    try:
+    with process_group():
         respond(parsed)
-    finally:
-        shutdown()
 
 
 def respond(parsed: Parsed) -> None:

@@ -41,13 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         plan(parsed)
         return
-    from drafttrain.distributed import init_if_launched, shutdown
+    from drafttrain.distributed import process_group
 
-    init_if_launched()
-    try:
+    with process_group():
         trace(parsed)
-    finally:
-        shutdown()
 
 
 def trace(parsed: Parsed) -> None:

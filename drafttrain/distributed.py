@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -27,12 +28,24 @@ def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def init_if_launched() -> None:
-    """Join the process group when a launcher started several processes; otherwise do nothing.
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the process group when a launcher started several processes, and leave it at the end of the program.
 
-    CUDA processes take their own device and NCCL, others gloo. Calling it twice is harmless, and a group made
-    by accelerate or DeepSpeed is used as it is.
+    CUDA processes take their own device and NCCL, others gloo. A group made by accelerate or DeepSpeed is used as it
+    is, and left as well.
     """
+    _join()
+    try:
+        yield
+    finally:
+        if _initialized():
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+
+def _join() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or _initialized():
         return
     import torch
@@ -79,14 +92,6 @@ def barrier() -> None:
         import torch.distributed as dist
 
         dist.barrier()
-
-
-def shutdown() -> None:
-    """Leave the process group at the end of a program, if there is one."""
-    if _initialized():
-        import torch.distributed as dist
-
-        dist.destroy_process_group()
 
 
 def say(message: str) -> None:

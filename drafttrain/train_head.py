@@ -28,14 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         plan(parsed)
         return
-    from drafttrain.distributed import init_if_launched, shutdown
+    from drafttrain.distributed import process_group
     from drafttrain.training.head_program import train_head
 
-    init_if_launched()
-    try:
+    with process_group():
         train_head(parsed)
-    finally:
-        shutdown()
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from drafttrain.config import REPOSITORY
 def test_alone_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    distributed.init_if_launched()
-    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
-    assert distributed.is_main()
-    distributed.barrier()
-    distributed.shutdown()
+    with distributed.process_group():
+        assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
+        assert distributed.is_main()
+        distributed.barrier()
 
 
 def test_a_launchers_environment_is_believed_before_the_group_exists(monkeypatch):
@@ -54,20 +53,18 @@ import sys
 from pathlib import Path
 from drafttrain import distributed as d
 from drafttrain.records import ShardedWriter
-d.init_if_launched()
-d.init_if_launched()
-assert d.world_size() == 2
-manifest = {"kind": "responses"}
-writer = ShardedWriter(sys.argv[1], manifest, 4, 1)
-row = dict.fromkeys(["prompt_id", "split", "task", "source", "finish_reason", "text"], "")
-row |= {"prompt_ids": [], "response_ids": []}
-for shard in writer.pending(d.rank(), d.world_size()):
-    assert shard % 2 == d.rank()
-    writer.write(shard, [{**row, "turn": shard}])
-writer.finish()
-from drafttrain.records import iter_records
-assert [row["turn"] for row in iter_records(sys.argv[1], "responses")] == [0, 1, 2, 3]
-d.shutdown()
+with d.process_group():
+    assert d.world_size() == 2
+    manifest = {"kind": "responses"}
+    writer = ShardedWriter(sys.argv[1], manifest, 4, 1)
+    row = dict.fromkeys(["prompt_id", "split", "task", "source", "finish_reason", "text"], "")
+    row |= {"prompt_ids": [], "response_ids": []}
+    for shard in writer.pending(d.rank(), d.world_size()):
+        assert shard % 2 == d.rank()
+        writer.write(shard, [{**row, "turn": shard}])
+    writer.finish()
+    from drafttrain.records import iter_records
+    assert [row["turn"] for row in iter_records(sys.argv[1], "responses")] == [0, 1, 2, 3]
 """
 
 
