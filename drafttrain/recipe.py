@@ -299,7 +299,7 @@ class PretrainConfig:
     model: dict[str, Any] = field(default_factory=dict)
     """keys of transformers.LlamaConfig"""
     stages: list[dict[str, Any]] = field(default_factory=list)
-    """stages of the stream, each with steps, tokens, lengths, mixture and jumps (training/pretrain_data.py)"""
+    """stages of the stream: steps, tokens, lengths, mixture, jumps, choice_weight (training/pretrain_data.py)"""
     learning_rate: float = at_least(0.0, 0.004)
     """peak learning rate (Muon scaled to AdamW's update size)"""
     warmup_steps: int = 100

@@ -42,6 +42,8 @@ class Stage:
         mixture: `code`, `echo`, a task or a kind -> share of the segments drawn.
         jumps: share of the rows whose positions jump ahead at one or two places, so that short rows also train the
             long distances between positions (the anchor-offset idea, with several gaps).
+        choice_weight: what a token of an answer weighs that copying on would not have told (others weigh 1). Well above
+            1 while choosing is being learnt; about 1 at last, or the model departs from a copy too early.
     """
 
     steps: int
@@ -49,6 +51,7 @@ class Stage:
     lengths: dict[int, float]
     mixture: dict[str, float]
     jumps: float = 0.0
+    choice_weight: float = 2.0
 
 
 @dataclass
@@ -62,8 +65,6 @@ class Blocks(Dataset):
     seed: int = 0
     code_weight: float = 0.3
     prompt_weight: float = 0.03
-    choice_weight: float = 8.0
-    """what a token of an answer weighs that copying on would not have told: a few among the many that it would"""
     _count: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,16 +106,16 @@ class Blocks(Dataset):
         name = draw.choices(list(stage.mixture), weights=list(stage.mixture.values()))[0]
         drills = {ECHO: self._echo, CHANGES: self._changes}
         if name in drills:
-            return drills[name](draw)
+            return drills[name](stage, draw)
         size = min(room - 8, _size(name, length, draw))
         if name != CODE and size >= 60:
             kind = name if name in KINDS else draw.choice(kinds(name))
             questions = draw.randint(1, max(1, min(16, size // 100)))
             with contextlib.suppress(ValueError):  # too small for this kind: code instead
-                return self._chat(generate(kind, draw.randrange(10**9), size, self._count, questions))
+                return self._chat(generate(kind, draw.randrange(10**9), size, self._count, questions), stage)
         return self._code(min(room, max(size, 64)), draw)
 
-    def _chat(self, example) -> Iterator[tuple[int, float]]:
+    def _chat(self, example: Example, stage: Stage) -> Iterator[tuple[int, float]]:
         tokenizer = self.tokenizer
         user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
         yield tokenizer.bos_token_id, 0.0
@@ -128,10 +129,10 @@ class Blocks(Dataset):
             answer = [*tokenizer(turn.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             chosen = set(choices(context := context + prompt, answer))
             for place, token in enumerate(answer):
-                yield token, self.choice_weight if place in chosen else 1.0
+                yield token, stage.choice_weight if place in chosen else 1.0
             context = context + answer
 
-    def _echo(self, draw: random.Random) -> Iterator[tuple[int, float]]:
+    def _echo(self, _: Stage, draw: random.Random) -> Iterator[tuple[int, float]]:
         length = draw.randint(4, 96)
         # with few different tokens the last one does not say where in the stretch one is: the ones before it must
         different = int(math.exp(draw.uniform(math.log(4), math.log(4 * length))))
@@ -142,7 +143,7 @@ class Blocks(Dataset):
             for place, token in enumerate(stretch):
                 yield token, float(time > 0 and place > 0)
 
-    def _changes(self, draw: random.Random) -> Iterator[tuple[int, float]]:
+    def _changes(self, stage: Stage, draw: random.Random) -> Iterator[tuple[int, float]]:
         old, new, *words = draw.sample(NOUNS, draw.randint(6, 40))
         change = draw.choice(("replace", "replace", "append", "prepend"))
         lines = [f"- {' '.join(draw.choices(words, k=draw.randint(1, 4)))}" for _ in range(draw.randint(2, 8))]
@@ -153,7 +154,7 @@ class Blocks(Dataset):
         at = {"append": len(lines), "prepend": 0}.get(change, draw.randint(0, len(lines)))
         passage, answer = ("\n".join([*lines[:at], *unit, *lines[at:]]) for unit in (before, after))
         asked = f"{instruction(change, 'line', before, after)}\n\n{passage}"
-        return self._chat(Example("revise", "revise/changes", 0, (Turn(asked, answer),)))
+        return self._chat(Example("revise", "revise/changes", 0, (Turn(asked, answer),)), stage)
 
     def _code(self, size: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         start = draw.randrange(len(self.corpus) - size)

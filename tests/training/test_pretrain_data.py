@@ -47,8 +47,8 @@ def test_positions_grow_and_jump_only_where_asked(blocks):
 
 def test_choices_weigh_more_than_copies_and_those_more_than_documents(blocks):
     weights = blocks[3]["weights"]
-    assert {0.0, 1.0, blocks.choice_weight} <= set(weights.unique().tolist())
-    assert (weights == 1.0).sum() > (weights == blocks.choice_weight).sum() > 0
+    assert {0.0, 1.0, blocks.stages[1].choice_weight} <= set(weights.unique().tolist())
+    assert (weights == 1.0).sum() > (weights == blocks.stages[1].choice_weight).sum() > 0
 
 
 def test_choices_are_what_copying_on_does_not_tell():
