@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,30 +42,28 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=getattr(torch, arguments.dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     lengths = QUICK if arguments.quick else LENGTHS
-    rows = [row for length, answers in lengths.items() for row in task_rows(model, tokenizer, length, answers)]
-    for row in rows:
-        print(
-            f"{row['kind']:32s} {row['length']:5d}  exact {row['exact']:6.1%}  tokens {row['tokens']:6.1%}", flush=True
-        )
+    rows = []
+    for length, answers in lengths.items():
+        for row in task_rows(model, tokenizer, length, answers):
+            print("{kind:32s} {length:5d}  exact {exact:6.1%}  tokens {tokens:6.1%}".format(**row), flush=True)
+            rows.append(row)
     losses = code_losses(model, tokenizer, list(lengths))
     print("  ".join(f"code@{length}: {loss:.3f} nats" for length, loss in losses.items()))
     figures = summary(rows) | {f"code_loss_{length}": loss for length, loss in losses.items()}
     finish("reference_target", figures, rows, arguments.output)
 
 
-def task_rows(model, tokenizer, length: int, answers: int) -> list[dict]:
+def task_rows(model, tokenizer, length: int, answers: int) -> Iterator[dict]:
     """Exact and token shares of every kind at one length; *revise* is measured on passages up to 80 tokens, at 512."""
     from drafttrain.evaluation.answers import answer_examples, held_out_examples
     from drafttrain.evaluation.tasks import KINDS
 
-    rows = []
     for kind in KINDS:
         size = PASSAGE if kind.startswith("revise") else length
         if size != length and length != min(LENGTHS):
             continue  # a passage is short whatever the context
         result = answer_examples(model, tokenizer, held_out_examples(kind, size, answers, tokenizer))
-        rows.append({"kind": kind, "length": size, "exact": result.exact_share, "tokens": result.token_share})
-    return rows
+        yield {"kind": kind, "length": size, "exact": result.exact_share, "tokens": result.token_share}
 
 
 def code_losses(model, tokenizer, lengths: list[int]) -> dict[int, float]:

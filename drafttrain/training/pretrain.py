@@ -35,7 +35,7 @@ from drafttrain.recipe import PretrainConfig
 from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import on_one_device
 from drafttrain.training.muon import MuonAdamW
-from drafttrain.training.pretrain_data import CHANGES, CODE, ECHO, Blocks, Stage
+from drafttrain.training.pretrain_data import CODE, DRILLS, Blocks, Stage
 from drafttrain.training.work_folder import last_checkpoint
 
 PROBES = {"recall/multi_key/prose": 24, "recall/multi_value/distractors": 12, "revise/replace": 6}
@@ -157,10 +157,10 @@ def _stages(settings: list[dict]) -> list[Stage]:
     try:
         stages = [Stage(**stage) for stage in settings]
     except TypeError as error:
-        raise UserError(f"pretrain.stages: {error}; a stage has steps, tokens, lengths, mixture and jumps.") from None
+        raise UserError(f"pretrain.stages: {error}; a stage has steps, tokens, lengths and mixture.") from None
     if not stages:
         raise UserError("pretrain.stages is empty; recipes/reference/target.yaml shows the stages of the reference.")
-    known = {CODE, ECHO, CHANGES, *KINDS, *TASKS}
+    known = {CODE, *DRILLS, *KINDS, *TASKS}
     for stage in stages:
         if unknown := set(stage.mixture) - known:
             raise UserError(

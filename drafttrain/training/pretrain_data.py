@@ -6,6 +6,7 @@ random by construction, and learning to predict it would buy nothing.
 """
 
 import contextlib
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -18,14 +19,18 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from drafttrain.evaluation.tasks import KINDS, Example, Turn, generate, kinds
+from drafttrain.evaluation.tasks.recall import question, statement
 from drafttrain.evaluation.tasks.revise import instruction
-from drafttrain.evaluation.tasks.words import NOUNS
+from drafttrain.evaluation.tasks.words import ADJECTIVES, NOUNS
 
 CODE = "code"
 ECHO = "echo"
 """A stretch of random tokens, said again: nothing but copying can predict it, so that copying is learnt first."""
 CHANGES = "changes"
 """Lists of words and a change to them, asked for as in *revise*: the same lesson without sentences to copy."""
+CROWD = "crowd"
+"""Needles of *recall* made of few words and digits: as many look-alikes as a document many times as long has."""
+DRILLS = (ECHO, CHANGES, CROWD)
 
 BRIEF = ("revise", "self_correct", "recall/multi_value")
 """Tasks kept brief where a mixture names them: the change asked for, and the choice of a value, are learnt up close."""
@@ -104,9 +109,8 @@ class Blocks(Dataset):
 
     def _segment(self, stage: Stage, room: int, length: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         name = draw.choices(list(stage.mixture), weights=list(stage.mixture.values()))[0]
-        drills = {ECHO: self._echo, CHANGES: self._changes}
-        if name in drills:
-            return drills[name](stage, draw)
+        if name in DRILLS:
+            return getattr(self, f"_{name}")(stage, room, draw)
         size = min(room - 8, _size(name, length, draw))
         if name != CODE and size >= 60:
             kind = name if name in KINDS else draw.choice(kinds(name))
@@ -132,7 +136,7 @@ class Blocks(Dataset):
                 yield token, stage.choice_weight if place in chosen else 1.0
             context = context + answer
 
-    def _echo(self, _: Stage, draw: random.Random) -> Iterator[tuple[int, float]]:
+    def _echo(self, _stage: Stage, _room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         length = draw.randint(4, 96)
         # with few different tokens the last one does not say where in the stretch one is: the ones before it must
         different = int(math.exp(draw.uniform(math.log(4), math.log(4 * length))))
@@ -143,7 +147,7 @@ class Blocks(Dataset):
             for place, token in enumerate(stretch):
                 yield token, float(time > 0 and place > 0)
 
-    def _changes(self, stage: Stage, draw: random.Random) -> Iterator[tuple[int, float]]:
+    def _changes(self, stage: Stage, _room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         old, new, *words = draw.sample(NOUNS, draw.randint(6, 40))
         change = draw.choice(("replace", "replace", "append", "prepend"))
         lines = [f"- {' '.join(draw.choices(words, k=draw.randint(1, 4)))}" for _ in range(draw.randint(2, 8))]
@@ -155,6 +159,21 @@ class Blocks(Dataset):
         passage, answer = ("\n".join([*lines[:at], *unit, *lines[at:]]) for unit in (before, after))
         asked = f"{instruction(change, 'line', before, after)}\n\n{passage}"
         return self._chat(Example("revise", "revise/changes", 0, (Turn(asked, answer),)), stage)
+
+    def _crowd(self, stage: Stage, room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
+        number = draw.randint(4, max(4, min(80, room // 20)))
+        side = math.isqrt(2 * number) + 2
+        words = itertools.product(draw.sample(ADJECTIVES, side), draw.sample(NOUNS, side))
+        keys = ["-".join(pair) for pair in draw.sample(list(words), number)]
+        digits = itertools.product(draw.sample("123456789", 3), repeat=5)
+        values = ["".join(value) for value in draw.sample(list(digits), number)]
+        what = draw.choice(("code", "password"))
+        needles = [(key, statement(what, key, value)) for key, value in zip(keys, values, strict=True)]
+        asked = [draw.sample(keys, draw.randint(1, 3)) for _ in range(draw.randint(1, 8))]
+        first, *others = [question(what, group, needles, draw) for group in asked]
+        document = draw.choice((" ", "\n")).join(sentence for _, sentence in needles)
+        turns = (Turn(f"{document}\n\n{first.user}", first.answer), *others)
+        return self._chat(Example("recall", "recall/crowd", 0, turns), stage)
 
     def _code(self, size: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         start = draw.randrange(len(self.corpus) - size)
@@ -193,6 +212,8 @@ def _positions(length: int, jumps: float, max_position: int, draw: random.Random
     if draw.random() >= jumps or room <= 0:
         return positions
     for _ in range(draw.randint(1, 2)):
-        gap = int(math.exp(draw.uniform(0, math.log(max(2, room // 2)))))
+        # all orders of magnitude alike half the time, all distances alike the other half: the long ones are the hardest
+        longest = max(2, room // 2)
+        gap = draw.choice((int(math.exp(draw.uniform(0, math.log(longest)))), draw.randrange(longest)))
         positions[draw.randrange(1, length) :] += gap
     return positions

@@ -1,5 +1,7 @@
 """The stream of blocks: reproducible, the right shape, and weighted where there is something to learn."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -55,3 +57,14 @@ def test_choices_are_what_copying_on_does_not_tell():
     passage = [9, 8, 7, 1, 2, 3, 4, 5, 6]
     assert list(choices(passage, [7, 1, 2, 3, 40, 5, 6])) == [0, 1, 2, 4, 5, 6]  # copying begins, and is left
     assert list(choices([1, 2, 3, 4, 1, 2, 3, 5], [1, 2, 3, 4])) == [0, 1, 2, 3]  # two ways to go on
+
+
+def test_needles_in_a_crowd_look_alike_and_hold_every_answer(tiny_tokenizer):
+    stage = Stage(steps=1, tokens=2048, lengths={2048: 1.0}, mixture={"crowd": 1.0})
+    [row] = Blocks([stage], np.arange(99, dtype=np.uint16), tiny_tokenizer, max_position=4096, seed=3)[0]["input_ids"]
+    chat = tiny_tokenizer.decode(row).split(tiny_tokenizer.bos_token)[1]
+    document = chat.partition("\n\n")[0]
+    needles = dict(re.findall(r"for (\S+) is (\d+)\.", document))
+    answered = re.findall(r"for (\S+) is (\d+)\.", chat.removeprefix(document))
+    assert answered and all(needles[key] == value for key, value in answered)
+    assert len(needles) == len(set(needles.values())) and len(set("".join(needles.values()))) <= 3

@@ -41,7 +41,7 @@ class Vault:
 
     def needle(self, key: str, counted: str = "") -> str:
         """A sentence that ties a value to a key."""
-        return f"The {counted}{self.what} for {key} is {self.value()}."
+        return statement(f"{counted}{self.what}", key, self.value())
 
     def distractors(self) -> Iterator[str]:
         """Needles of other keys, without end."""
@@ -53,6 +53,11 @@ class Vault:
             pass
         self._used.add(text)
         return text
+
+
+def statement(what: str, key: str, value: str) -> str:
+    """The sentence that a needle is."""
+    return f"The {what} for {key} is {value}."
 
 
 def make(hunt: str, hay: str, rng: random.Random, room: Room, questions: int) -> tuple[Turn, ...]:
@@ -85,14 +90,14 @@ def _questions(hunt: str, what: str, needles: list[tuple[str, str]], rng: random
         asked = [rng.sample(keys, rng.randint(2, 3)) for _ in range(questions)]
     else:
         asked = [[key] for key in rng.sample(keys, questions)]
-    forms = {"multi_query": _MANY, "multi_value": _ALL}.get(hunt, _ONE)
-    return [_question(rng.choice(forms), what, group, needles) for group in asked]
+    return [question(what, group, needles, rng) for group in asked]
 
 
-def _question(form: str, what: str, asked: list[str], needles: list[tuple[str, str]]) -> Turn:
-    """Needles in the order their keys are asked; those of one key in order of appearance."""
+def question(what: str, asked: list[str], needles: list[tuple[str, str]], rng: random.Random) -> Turn:
+    """A question about some keys; the answer quotes their needles in this order, those of one key as they appear."""
     quoted = [sentence for owner in asked for key, sentence in needles if key == owner]
     keys = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + f" and {asked[-1]}"
+    form = rng.choice(_MANY if len(asked) > 1 else _ALL if len(quoted) > 1 else _ONE)
     return Turn(form.format(what=what, keys=keys, number=_NUMBERS[len(quoted) - 1]), " ".join(quoted))
 
 
