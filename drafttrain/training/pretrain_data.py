@@ -35,6 +35,9 @@ DRILLS = (ECHO, CHANGES, CROWD)
 BRIEF = ("revise", "self_correct", "recall/multi_value")
 """Tasks kept brief where a mixture names them: the change asked for, and the choice of a value, are learnt up close."""
 
+LONG = 4096
+"""Rows from this length on are there for their long documents."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -114,7 +117,7 @@ class Blocks(Dataset):
         size = min(room - 8, _size(name, length, draw))
         if name != CODE and size >= 60:
             kind = name if name in KINDS else draw.choice(kinds(name))
-            questions = draw.randint(1, max(1, min(16, size // 100)))
+            questions = draw.randint(1, max(1, min(48, size // 100)))
             with contextlib.suppress(ValueError):  # too small for this kind: code instead
                 return self._chat(generate(kind, draw.randrange(10**9), size, self._count, questions), stage)
         return self._code(min(room, max(size, 64)), draw)
@@ -198,10 +201,13 @@ def choices(context: list[int], answer: list[int], order: int = 3) -> Iterator[i
 
 
 def _size(name: str, length: int, draw: random.Random) -> int:
-    """Tokens of a segment: all orders of magnitude alike, and every third document as long as the row allows."""
+    """Tokens of a segment: all orders of magnitude alike, and a third of the documents as long as the row allows.
+
+    In the longest rows, which cost the most, nearly all of the documents.
+    """
     if name.startswith(BRIEF):
         return int(math.exp(draw.uniform(math.log(70), math.log(min(length, 300)))))
-    if name != CODE and draw.random() < 1 / 3:
+    if name != CODE and draw.random() < (1 / 3 if length < LONG else 0.8):
         return draw.randint(length // 2, length)
     return int(math.exp(draw.uniform(math.log(128), math.log(length))))
 
