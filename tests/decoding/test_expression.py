@@ -13,10 +13,9 @@ from tests.conftest import build_llama
 
 
 class Head:
-    state, features = "producing", ()
+    """What naming a head needs of it; nothing here decodes."""
 
-    def score(self, hidden_BH, log_q_B, entropy_B, step_B):
-        raise NotImplementedError
+    state, features = "producing", ()
 
 
 @pytest.fixture(scope="module")

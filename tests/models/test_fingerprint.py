@@ -118,7 +118,11 @@ def test_tokenizers_differ_by_entries_and_by_splitting_but_not_by_template(tiny_
 
 
 def test_the_same_fingerprint_is_accepted():
-    SAME.require(SAME, "x")
+    equal = Fingerprint(**SAME.to_dict())
+    assert equal is not SAME and equal == SAME
+    SAME.require(equal, "x")
+    with pytest.raises(UserError):
+        SAME.require(Fingerprint(**{**SAME.to_dict(), "weights": "other"}), "x")
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "architecture"])
