@@ -9,18 +9,16 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import build, parse_method
 from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, FixedLength
 from drafttrain.errors import UserError
+from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig
 from tests.conftest import build_llama
-
-
-class Head:
-    """What naming a head needs of it; nothing here decodes."""
-
-    state, features = "producing", ()
 
 
 @pytest.fixture(scope="module")
 def members():
-    return {"drafter": Engine(build_llama(8, layers=1, hidden=16)), "head": Head()}
+    return {
+        "drafter": Engine(build_llama(8, layers=1, hidden=16)),
+        "head": AcceptanceHead(AcceptanceHeadConfig(16, depth=0)),
+    }
 
 
 def test_autoregressive_decoding_needs_no_drafter(members):
