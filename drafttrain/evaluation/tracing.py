@@ -237,7 +237,8 @@ def couple(p_NV: Tensor, q_NV: Tensor, x_N: Tensor, u_couple_N: Tensor, u_residu
     Args:
         p_NV: the target's distribution at every position.
         q_NV: the drafter's.
-        x_N: the recorded tokens. Where p gives X no mass (rounding at the edge of a nucleus), Y = X if q gives it any.
+        x_N: the recorded tokens. Where p gives X no mass (rounding at the edge of a nucleus), Y = X if q gives it any;
+            Y never leaves q's support.
         u_couple_N: uniforms that decide whether Y = X.
         u_residual_N: uniforms that pick Y otherwise.
 
@@ -247,8 +248,10 @@ def couple(p_NV: Tensor, q_NV: Tensor, x_N: Tensor, u_couple_N: Tensor, u_residu
     x_N1 = x_N[:, None]
     same_N = u_couple_N * p_NV.gather(1, x_N1)[:, 0] < q_NV.gather(1, x_N1)[:, 0]
     residual_NV = (q_NV - p_NV).clamp_(min=0)
-    same_N |= residual_NV.sum(1) == 0  # q = p up to rounding, where a rejection has probability zero
-    return torch.where(same_N, x_N, sample(residual_NV, u_residual_N))
+    # Nothing is left where q = p up to rounding: a rejection has probability zero, unless X lies outside of both.
+    empty_N, known_N = residual_NV.sum(1) == 0, q_NV.gather(1, x_N1)[:, 0] > 0
+    rest_NV = torch.where((empty_N & ~known_N)[:, None], q_NV, residual_NV)
+    return torch.where(same_N | empty_N & known_N, x_N, sample(rest_NV, u_residual_N))
 
 
 class _Batch:

@@ -97,6 +97,13 @@ def test_equal_models_are_never_rejected(random):
     assert torch.equal(x_N, y_N)
 
 
+def test_a_token_outside_both_nuclei_is_replaced_by_one_that_q_can_say(random):
+    """Top-p keeps one token, the same of both models, and the recorded one is another."""
+    p_NV = torch.tensor([[0.0, 1.0, 0.0]]).expand(50, -1)
+    u = torch.rand(2, 50, generator=random, dtype=torch.float64)
+    assert couple(p_NV, p_NV, torch.full((50,), 2), *u).tolist() == [1] * 50
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
