@@ -4,13 +4,13 @@ Both give records of the schema `responses`, one for every turn of a conversatio
 the settings and the seed: draws are keyed by prompt and turn, never by a place in a batch.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.dialogue import Dialogue, answer_text
 from drafttrain.errors import UserError
+from drafttrain.ops.random import sample_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,12 +109,6 @@ def logged(
             reason = "eos" if ids and ids[-1] in ends else "length"
             if ids:
                 yield at, _row(record, turn, found[0], ids, reason, answer_text(tokenizer, ids))
-
-
-def sample_id(prompt_id: str, turn: int) -> int:
-    """The key of a turn's draws: 62 bits of a hash of prompt and turn."""
-    digest = hashlib.sha256(f"{prompt_id}\0{turn}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 2
 
 
 def in_order(rows: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:

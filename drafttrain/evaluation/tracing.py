@@ -15,7 +15,6 @@ Every draw is a function of (seed, prompt and turn, position): rows do not depen
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,7 @@ from drafttrain.errors import UserError
 from drafttrain.evaluation.trace_scores import Scores, flat_scores, score_rows
 from drafttrain.models.acceptance_head import AcceptanceHead
 from drafttrain.models.branch_states import Branches
-from drafttrain.ops.random import sample, uniform
+from drafttrain.ops.random import sample, sample_id, uniform
 from drafttrain.ops.sampling import Sampling, log_probability_and_entropy, seen_tokens
 
 PIECE = 2**24
@@ -288,12 +287,6 @@ class _Batch:
         """Rejected positions of every row."""
         rejected_N = columns["draft_ids"] != self.response_N
         return torch.bincount(self.row_N[rejected_N], minlength=len(self.lengths)).tolist()
-
-
-def sample_id(prompt_id: str, turn: int) -> int:
-    """The key of a response's draws: 63 bits of a hash, the same on every machine."""
-    digest = hashlib.blake2b(f"{prompt_id}\0{turn}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _split(columns: Mapping[str, Tensor], lengths: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:

@@ -55,6 +55,12 @@ def sample(probs_BV: Tensor, u_B: Tensor) -> Tensor:
     return token_B1.squeeze(-1).clamp_(max=probs_BV.shape[-1] - 1)
 
 
+def sample_id(prompt_id: str, turn: int) -> int:
+    """The key of a turn's draws: 63 bits of a hash, the same on every machine."""
+    digest = hashlib.blake2b(f"{prompt_id}\0{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 class Draws:
     """The uniforms of the rows of a batch, hashed in tables so that a decoding round only reads a slice.
 

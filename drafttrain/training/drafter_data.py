@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 
 from drafttrain.errors import UserError
 from drafttrain.models.fingerprint import Fingerprint
-from drafttrain.ops.random import uniform
+from drafttrain.ops.random import sample_id, uniform
 from drafttrain.records import read_manifest, read_records
 
 IGNORED = -100
@@ -72,7 +71,7 @@ class ResponseDataset(Dataset):
         return {
             "input_ids": (prompt + response)[: self.max_length],
             "prompt_length": len(prompt),
-            "sample_id": _sample_id(row, self._kept[index]),
+            "sample_id": sample_id(row["prompt_id"], row["turn"]) if "prompt_id" in row else self._kept[index],
             "row": index,
         }
 
@@ -205,11 +204,6 @@ def marked(row: Row, tokenizer: Any, shown: int = 400) -> str:
     prompt, response = row["input_ids"][:first], row["input_ids"][first:]
     before = "..." * (len(prompt) > shown) + tokenizer.decode(prompt[-shown:])
     return f"{before}[[{tokenizer.decode(response[:shown])}{'...' * (len(response) > shown)}]]"
-
-
-def _sample_id(row: Mapping[str, Any], index: int) -> int:
-    """Key of a row's random draws: the same whatever else is in the data."""
-    return zlib.crc32(f"{row['prompt_id']}/{row['turn']}".encode()) if "prompt_id" in row else index
 
 
 def _lengths(rows: Sequence[Mapping[str, Any]] | Records, name: str) -> list[int]:

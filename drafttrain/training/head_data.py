@@ -31,9 +31,9 @@ from torch.utils.data import Dataset
 
 from drafttrain.errors import UserError
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
-from drafttrain.ops.random import uniform
+from drafttrain.ops.random import sample_id, uniform
 from drafttrain.ops.sampling import GREEDY_TEMPERATURE
-from drafttrain.training.mixing import mix_tokens, sample_key
+from drafttrain.training.mixing import mix_tokens
 
 # S responses, T response positions, M rejected positions, R tokens of a run, N examples
 
@@ -120,7 +120,7 @@ class Layout:
         shape = (rejected, self.run_length)
         run_scores = _floats(record["run_scores"]).reshape(len(self.scores), *shape)
         return Trace(
-            sample=sample_key(record["prompt_id"], record["turn"]),
+            sample=sample_id(record["prompt_id"], record["turn"]),
             prompt=list(record["prompt_ids"]),
             response_T=response_T,
             draft_T=draft_T,

@@ -8,19 +8,12 @@ at the price that Z before it is a patchwork while its label assumes the target'
 
 from __future__ import annotations
 
-import zlib
-
 import torch
 from torch import Tensor
 
 from drafttrain.ops.random import uniform
 
 # T response tokens
-
-
-def sample_key(prompt_id: str, turn: int = 0) -> int:
-    """A stable number for a response, the sample id of its draws."""
-    return zlib.crc32(f"{prompt_id}/{turn}".encode())
 
 
 def mix_tokens(
@@ -35,7 +28,7 @@ def mix_tokens(
         response_T: X, the target's tokens (int64).
         draft_T: Y, the drafter's tokens at the same positions (int64).
         rate: r, probability that a position keeps X, in [0, 1].
-        sample: number of the response, see `sample_key`.
+        sample: number of the response, see `ops.random.sample_id`.
 
     Returns:
         (Z [T], trained [T] bool): trained is Z = Y, which holds where X was kept but equals Y, too.

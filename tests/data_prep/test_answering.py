@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.answering import Limits, generated, in_order, logged, require_recorded, sample_id
+from data_prep.answering import Limits, generated, in_order, logged, require_recorded
 from data_prep.prompts import prompts_of
 from drafttrain.config import PromptsConfig
 from drafttrain.decoding.engine import Engine
@@ -120,8 +120,3 @@ def test_a_recorded_answer_longer_than_allowed_is_cut_and_says_so(tmp_path):
 def test_a_log_without_answers_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no prompt has a recorded answer"):
         require_recorded(records(tmp_path, [{"prompt": "one"}]))
-
-
-def test_turns_of_all_prompts_draw_differently():
-    ids = {sample_id(f"p{prompt}", turn) for prompt in range(100) for turn in range(3)}
-    assert len(ids) == 300 and all(0 <= each < 2**62 for each in ids)

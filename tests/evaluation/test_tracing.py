@@ -13,7 +13,7 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.loop import Decoder
 from drafttrain.errors import UserError
 from drafttrain.evaluation.trace_scores import RULES, Scores, flat_scores, score_rows, unpack
-from drafttrain.evaluation.tracing import Tracer, TraceSettings, couple, sample_id
+from drafttrain.evaluation.tracing import Tracer, TraceSettings, couple
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig
 from drafttrain.ops.random import sample
 from drafttrain.ops.sampling import Sampling, seen_tokens
@@ -337,12 +337,6 @@ def test_rows_that_cannot_be_traced_are_refused(models):
         broken.lm_head.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="the drafter gives logits that are not finite"):
         tracer((models[0], broken), Sampling(1.0)).trace([row | {"prompt_ids": [4], "response_ids": [4]}])
-
-
-def test_draws_are_keyed_by_prompt_and_turn():
-    ids = {sample_id(prompt, turn) for prompt in ("a", "b", "a1") for turn in (0, 1, 11)}
-    assert len(ids) == 9
-    assert all(0 <= key < 2**63 for key in ids)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0), Sampling(1.0, repetition_penalty=1.3)])

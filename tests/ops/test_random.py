@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafttrain.ops.random import Draws, sample, uniform
+from drafttrain.ops.random import Draws, sample, sample_id, uniform
 
 INTS = st.integers(min_value=0, max_value=2**40)
 
@@ -58,6 +58,12 @@ def test_a_token_without_probability_is_never_drawn(weights, u):
         weights[0] = 1.0
     token = sample(torch.tensor([weights]), torch.tensor([u], dtype=torch.float64)).item()
     assert weights[token] > 0
+
+
+def test_every_turn_of_every_prompt_has_a_key_of_its_own():
+    keys = {sample_id(f"p{prompt}", turn) for prompt in range(1000) for turn in (0, 1, 11)}
+    assert len(keys) == 3000 and all(0 <= key < 2**63 for key in keys)
+    assert max(keys) > 2**60  # 32 bits would collide among 10^5 responses
 
 
 def test_samples_follow_the_distribution():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafttrain.training.mixing import mix_tokens, sample_key
+from drafttrain.training.mixing import mix_tokens
 
 tokens = st.lists(st.integers(0, 3), min_size=0, max_size=30)
 
@@ -58,7 +58,3 @@ def test_wrong_lengths_and_rates_are_refused():
         mix_tokens(torch.zeros(2), torch.zeros(3), 0.1, seed=0, epoch=0, sample=0)
     with pytest.raises(ValueError, match="rate"):
         mix_tokens(torch.zeros(2), torch.zeros(2), 1.5, seed=0, epoch=0, sample=0)
-
-
-def test_sample_keys_tell_prompts_and_turns_apart():
-    assert len({sample_key("a"), sample_key("b"), sample_key("a", 1)}) == 3
