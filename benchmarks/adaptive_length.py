@@ -4,9 +4,10 @@
     python benchmarks/adaptive_length.py --run runs/adaptive --plan        only the commands
 
 Runs the chain of a recipe with the programs a user would run, greedy and at temperature 1 (heads are trained for the
-setting they serve; both take the drafter distilled at temperature 1), with one head a training seed and one in the
-published setting (recipes/published/specdecpp.yaml, with our number of steps and learning rate, which its own would
-leave untrained on so few answers). What is done is reused, so a killed run goes on.
+setting they serve), with one head a training seed and one in the published setting (recipes/published/specdecpp.yaml,
+with our number of steps and learning rate, which its own would leave untrained on so few answers). Both settings take
+one drafter, distilled at temperature 1 on prompts of its own: on those that heads learn from it must not accept by
+memory. What is done is reused, so a killed run goes on.
 
 Thresholds and lengths are chosen by replay on the tuning split; the two best of each kind are really run on the test
 split, interleaved. The best fixed length and the best confidence rule are those that turned out fastest there, a head's
@@ -31,11 +32,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import finish  # noqa: E402
+from drafttrain.config import parse  # noqa: E402
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint, read_report  # noqa: E402
 from drafttrain.evaluation.sweep import head_of, kind_of  # noqa: E402
 
 TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
-"""Decoding settings; the first also distils the drafter."""
+"""Decoding settings."""
+
+RUN_LENGTH = 19
+"""Tokens traced beyond a rejection: the published head drafts up to 20, which replay then counts exactly."""
 
 PUBLISHED = "published"
 
@@ -43,11 +48,10 @@ PUBLISHED = "published"
 def main() -> None:
     """Run the chain, read its reports, print the figures."""
     options = _options()
-    for name in TEMPERATURES:
-        for command in chain(name, options):
-            print("$ " + " ".join(command), flush=True)
-            if not options.plan:
-                subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    for command in [*distil(options), *(command for name in TEMPERATURES for command in chain(name, options))]:
+        print("$ " + " ".join(command), flush=True)
+        if not options.plan:
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     if options.plan:
         return
     figures: dict[str, float] = {}
@@ -61,27 +65,35 @@ def main() -> None:
     finish("adaptive_length", figures, rows, options.output)
 
 
+def distil(options: argparse.Namespace) -> list[list[str]]:
+    """The commands that make the drafter, without the interpreter."""
+    ours = [*_ours(options), *_run("distil", 1.0, options), "--prompts.seed", "1"]
+    return [["data_prep/responses.py", *ours], ["drafttrain/train_drafter.py", *ours]]
+
+
 def chain(name: str, options: argparse.Namespace) -> list[list[str]]:
-    """The commands of one decoding setting, without the interpreter."""
-    temperature = str(TEMPERATURES[name])
-    run = ["--run", str(options.run / name), "--responses.sampling.temperature", temperature]
-    ours = ["--config", str(options.config), *run, *options.set]
-    first = next(iter(TEMPERATURES))
-    if name != first:
-        ours += ["--drafter.path", str(options.run / first / "drafter")]
-    published = ["--config", "recipes/published/specdecpp.yaml", *run, "--head.folder", PUBLISHED]
-    published += ["--target.path", options.target, "--drafter.path", str(options.run / first / "drafter")]
+    """The commands of one decoding setting, likewise."""
+    run = [*_run(name, TEMPERATURES[name], options), "--drafter.path", str(options.run / "distil" / "drafter")]
+    ours = [*_ours(options), *run, "--traces.run_length", str(RUN_LENGTH)]
+    published = ["--config", "recipes/published/specdecpp.yaml", *run]
+    published += ["--target.path", options.target, "--head.folder", PUBLISHED]
     for setting in ("num_train_epochs", "learning_rate", "per_device_train_batch_size"):
         published += [f"--head.arguments.{setting}", str(options.head_arguments[setting])]
     published += ["--head.arguments.gradient_accumulation_steps", "1"]
-    commands = [["data_prep/responses.py", *ours]]
-    commands += [["drafttrain/train_drafter.py", *ours]] if name == first else []
-    commands += [["data_prep/traces.py", *ours]]
+    commands = [["data_prep/responses.py", *ours], ["data_prep/traces.py", *ours]]
     for seed in range(options.seeds):
         commands.append(["drafttrain/train_head.py", *ours, "--seed", str(seed), "--head.folder", f"head_{seed}"])
     commands.append(["drafttrain/train_head.py", *published])
-    evaluated = ["--evaluate.samplings", f"[{{temperature: {temperature}}}]"]
+    evaluated = ["--evaluate.samplings", f"[{{temperature: {TEMPERATURES[name]}}}]"]
     return [*commands, ["-m", "drafttrain.cli", "evaluate", *ours, *evaluated]]
+
+
+def _ours(options: argparse.Namespace) -> list[str]:
+    return ["--config", str(options.config), *options.set]
+
+
+def _run(folder: str, temperature: float, options: argparse.Namespace) -> list[str]:
+    return ["--run", str(options.run / folder), "--responses.sampling.temperature", str(temperature)]
 
 
 def figures_of(report: Report) -> tuple[dict[str, float], list[dict[str, object]]]:
@@ -158,11 +170,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     parser.add_argument("set", nargs="*", help="further flags of our own runs, after `--`")
     options = parser.parse_args()
-    import yaml
-
-    recipe = yaml.safe_load(options.config.read_text())
-    options.target, options.head_arguments = recipe["target"]["path"], recipe["head"]["arguments"]
     options.run = options.run.resolve()
+    parsed = parse("", [], ["--config", str(options.config), "--run", str(options.run)])
+    options.config, options.target = parsed.config.resolve(), parsed.recipe.target.path
+    options.head_arguments = parsed.recipe.head.arguments
     return options
 
 

@@ -42,14 +42,39 @@ def accepted(command):
 @pytest.mark.parametrize("name", adaptive_length.TEMPERATURES)
 def test_every_command_of_the_chain_is_accepted(options, name):
     read = [accepted(command) for command in adaptive_length.chain(name, options)]
-    programs = [program for program, _ in read]
-    trains = ["drafttrain/train_drafter.py"] if name == "sampled" else []
     heads = ["drafttrain/train_head.py"] * 3
-    assert programs == ["data_prep/responses.py", *trains, "data_prep/traces.py", *heads, "evaluate"]
+    assert [program for program, _ in read] == ["data_prep/responses.py", "data_prep/traces.py", *heads, "evaluate"]
     temperature = adaptive_length.TEMPERATURES[name]
     assert {parsed.run for _, parsed in read} == {options.run / name}
     assert {parsed.recipe.responses.sampling.temperature for _, parsed in read} == {temperature}
     assert [each.temperature for each in read[-1][1].recipe.evaluate.samplings] == [temperature]
+
+
+def test_the_drafter_is_distilled_on_other_prompts_than_heads_learn_from(options):
+    made = [accepted(command) for command in adaptive_length.distil(options)]
+    used = [
+        accepted(command)[1]
+        for name in adaptive_length.TEMPERATURES
+        for command in adaptive_length.chain(name, options)
+    ]
+    assert [program for program, _ in made] == ["data_prep/responses.py", "drafttrain/train_drafter.py"]
+    assert {parsed.recipe.prompts.seed for _, parsed in made}.isdisjoint(parsed.recipe.prompts.seed for parsed in used)
+    assert {Path(parsed.recipe.drafter.path) for parsed in used} == {made[-1][1].run / "drafter"}
+
+
+def test_traces_reach_as_far_as_the_published_head_drafts(options):
+    read = [accepted(command) for command in adaptive_length.chain("greedy", options)]
+    [published] = [parsed.recipe.head for _, parsed in read if parsed.recipe.head.folder == adaptive_length.PUBLISHED]
+    assert {p.recipe.traces.run_length for name, p in read if "head" not in name} == {19} == {published.max_length - 1}
+
+
+def test_a_recipe_is_found_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "pair.yaml").write_text("target: {path: model}\n")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["adaptive_length.py", "--config", "pair.yaml"])
+    options = adaptive_length._options()
+    assert (options.config, options.target) == (tmp_path / "pair.yaml", str(tmp_path / "model"))
 
 
 def test_heads_differ_in_seed_and_folder_and_the_published_one_keeps_its_own_form(options):
