@@ -100,8 +100,6 @@ class DrafterTrainer(Trainer):
         states: the target's states, when they are stored; else the target runs in every step.
     """
 
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         drafter: nn.Module,

@@ -10,7 +10,6 @@ but rounding, and ranks may have unequal numbers of tokens, or none.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from drafttrain.models.acceptance_head import AcceptanceHead
 from drafttrain.training import calibration
 from drafttrain.training.head_data import HeadDataset, collate
 from drafttrain.training.head_states import Wanted
+from drafttrain.training.sharding import gathered
 
 # N drafted tokens, H hidden
 
@@ -170,8 +170,6 @@ class HeadTrainer(Trainer):
         held_out: evaluated when args say so; None for never.
     """
 
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         head: AcceptanceHead,
@@ -185,6 +183,7 @@ class HeadTrainer(Trainer):
         eval_dataset = held_out.dataset if held_out is not None else None
         kwargs |= {"train_dataset": train, "eval_dataset": eval_dataset, "data_collator": collate}
         super().__init__(model=head, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is normalised here, over all accumulation steps
         self._states, self._held_out = states, held_out
         self._weights = (head.config.w_acc, head.config.w_rej)
 
@@ -251,17 +250,8 @@ class HeadTrainer(Trainer):
     def _whole_weights(self) -> dict[str, Tensor]:
         if self.is_fsdp_enabled:
             return self.accelerator.get_state_dict(self.model_wrapped)
-        with _gathered(list(self.model.parameters())):
+        with gathered(list(self.model.parameters())):
             return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-
-
-def _gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
-    """Context in which weights that ZeRO-3 keeps in parts are whole."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def _from_all_processes(parts: list[Any]) -> list[Any]:
