@@ -146,7 +146,7 @@ def traces_manifest(recipe: Recipe, recorded: dict[str, Any], pair: TracedPair) 
         "sampling": dataclasses.asdict(pair.sampling),
         "seed": recipe.seed,
         "top_k": settings.top_k,
-        "temperatures": settings.temperatures,
+        "temperatures": list(temperatures(recipe, pair)),
         "run_length": settings.run_length,
         "scores": [*RULES, *(column for name, head in heads for column in score_names(name, head))],
         "heads": {name: weights_hash(head) for name, head in heads},
@@ -219,6 +219,12 @@ def _load_heads(parsed: Parsed, target: "Loaded", drafter: "Loaded") -> "dict[st
     }
 
 
+def temperatures(recipe: Recipe, pair: TracedPair) -> tuple[float, ...]:
+    """At which log Z is stored: those of the recipe, and the one that is traced."""
+    asked, own = recipe.traces.temperatures, pair.sampling.temperature
+    return (*asked, own) if own > 0 and own not in asked else tuple(asked)
+
+
 def make_tracer(recipe: Recipe, pair: TracedPair) -> "Tracer":
     """The object that makes the rows."""
     from drafttrain.decoding.engine import Engine
@@ -230,7 +236,7 @@ def make_tracer(recipe: Recipe, pair: TracedPair) -> "Tracer":
         sampling=Sampling(**dataclasses.asdict(pair.sampling)),
         seed=recipe.seed,
         top_k=recipe.traces.top_k,
-        temperatures=tuple(recipe.traces.temperatures),
+        temperatures=temperatures(recipe, pair),
         run_length=recipe.traces.run_length,
     )
     entries = 1 + max(pair.target.tokenizer.get_vocab().values())

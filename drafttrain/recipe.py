@@ -213,8 +213,9 @@ class HeadConfig:
     mixing: float = between(0.0, 1.0, 0.15)
     """data mixed: share r of the positions that keep the response's token, all others take the drafter's; drawn anew
     each epoch"""
-    data: Literal["mixed", "exact", "rounds"] = "exact"
-    """exact (each drafted token after the response's own prefix), mixed (published: token mixing, state consumed only)
+    data: Literal["mixed", "exact", "expected", "rounds"] = "exact"
+    """exact (each drafted token after the response's own prefix), expected (all likely tokens there, weighing their
+    probability; state producing, plain temperatures), mixed (published: token mixing, state consumed only)
     or rounds (drafting rounds as when decoding, with the tokens drafted beyond a rejection)"""
     init_from: str | None = field(default=None, metadata=PATH)
     """a head to continue from"""

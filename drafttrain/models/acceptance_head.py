@@ -89,7 +89,7 @@ class AcceptanceHeadConfig:
             "w_acc": (self.w_acc > 0, "positive"),
             "w_rej": (self.w_rej > 0, "positive"),
             "state": (self.state in ("producing", "consumed"), "producing or consumed"),
-            "data": (self.data in ("exact", "mixed", "rounds"), "exact, mixed or rounds"),
+            "data": (self.data in ("exact", "expected", "mixed", "rounds"), "exact, expected, mixed or rounds"),
             "features": (not unknown, f"made of {', '.join(FEATURES)}"),
             "embeddings": ("token" not in self.features or self.embeddings is not None, "given for the feature token"),
             "mixing": (0 <= self.mixing <= 1, "a probability"),
@@ -102,6 +102,8 @@ class AcceptanceHeadConfig:
         if self.data == "mixed" and self.state == "producing":
             # The producing state of Y sees the tokens before Y only: mixing would spoil it and save nothing.
             raise UserError("head.data mixed needs head.state consumed; for the producing state take exact or rounds.")
+        if self.data == "expected" and self.state == "consumed":
+            raise UserError("head.data expected needs head.state producing: the consumed state is of one token only.")
         # One order, whatever the recipe's: columns of the weights are laid out by it.
         self.features = tuple(name for name in FEATURES if name in self.features)
 

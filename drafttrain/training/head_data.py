@@ -2,11 +2,15 @@
 
 An example is one drafted token: a drafter state, the scalar features of the token, and the label
 P = min(1, p(Y) / q(Y)), the probability that the target accepts it (SpecDec++, section 3), with p and q as they are at
-the decoding setting that was traced; greedy decoding accepts Y if it is the target's own token. There are three ways:
+the decoding setting that was traced; greedy decoding accepts Y if it is the target's own token. There are four ways:
 
 exact
     every response position: the drafter reads the response up to X_<i and proposes Y_i, as it does while decoding
     whenever all tokens drafted before were accepted, which is the event that P is conditioned on.
+expected
+    as exact, but with every token that could have been drafted there in place of the one that was: a token v that the
+    traces hold of both models weighs q(v), and Y counts where it is none of them. The expectation over Y is the same;
+    its variance, most of a label's when sampling, is gone. The producing state serves them all.
 mixed
     published: prompt ++ Z, where Z keeps X with probability r and takes Y elsewhere; trained where Z = Y (mixing.py).
 rounds
@@ -20,6 +24,7 @@ rejected position. `Examples.index` points into that layout; head_states.py fill
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,19 +37,40 @@ from torch.utils.data import Dataset
 from drafttrain.errors import UserError
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 from drafttrain.ops.random import sample_id, uniform
-from drafttrain.ops.sampling import GREEDY_TEMPERATURE
+from drafttrain.ops.sampling import Sampling
 from drafttrain.training.mixing import mix_tokens
 
-# S responses, T response positions, M rejected positions, R tokens of a run, N examples
+# S responses, T response positions, M rejected positions, R tokens of a run, N examples, k stored tokens, E likely ones
 
 COLUMNS = (
     *("prompt_id", "split", "turn", "prompt_ids", "response_ids", "draft_ids"),
     *("log_p", "log_q", "entropy", "run_ids", "run_log_q", "run_scores"),
+    *("p_top_ids", "p_top_logits", "q_top_ids", "q_top_logits", "log_z_p", "log_z_q"),
 )
 """What is read of a trace record."""
 
+_LIKELY = 0.01
+"""Data expected: tokens of smaller q are left to chance, as there are many and they weigh little."""
+
 _KEPT = 4096
 """Traces that a data set keeps in memory, some tens of kilobytes each: reading them costs more than using them."""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """Tokens that both models hold likely, at all positions of a response one after the other: [E] each.
+
+    Attributes:
+        position_E: response position, ascending.
+        token_E, log_q_E, label_E: the token, its log q, its P.
+        drawn_T: whether Y is one of its position's, bool [T].
+    """
+
+    position_E: Tensor
+    token_E: Tensor
+    log_q_E: Tensor
+    label_E: Tensor
+    drawn_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +83,7 @@ class Trace:
         response_T, draft_T: X and Y, int64.
         label_T: P of each Y, float32; log_q_T and entropy_T of the q that drew it.
         run_ids_MR: tokens drafted after each rejected Y, with run_log_q_MR and run_entropy_MR (None if not traced).
+        likely: for data expected; None for greedy decoding, whose Y is the only one possible.
     """
 
     sample: int
@@ -69,6 +96,7 @@ class Trace:
     run_ids_MR: Tensor
     run_log_q_MR: Tensor
     run_entropy_MR: Tensor | None
+    likely: Likely | None = None
 
     @property
     def rejected(self) -> list[int]:
@@ -92,20 +120,37 @@ class Layout:
         greedy: whether they were made for greedy decoding.
         run_length: R.
         scores: names of the stored scores, in order.
+        top_k, temperatures: stored tokens of both models and stored log Z, a position.
+        temperature, log_z: of the decoding setting, and its place among the stored log Z; None unless the setting is a
+            temperature and nothing else, so that stored logits tell p and q.
     """
 
     greedy: bool
     run_length: int
     scores: tuple[str, ...]
+    top_k: int = 0
+    temperatures: int = 0
+    temperature: float = 0.0
+    log_z: int | None = None
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Layout:
         """From the manifest of the traces."""
-        greedy = manifest["sampling"]["temperature"] <= GREEDY_TEMPERATURE
-        return cls(greedy, int(manifest.get("run_length") or 0), tuple(manifest.get("scores") or ()))
+        sampling = Sampling(**manifest["sampling"])
+        temperatures = list(manifest.get("temperatures") or ())
+        plain = sampling == Sampling(sampling.temperature) and sampling.temperature in temperatures
+        return cls(
+            greedy=sampling.greedy,
+            run_length=int(manifest.get("run_length") or 0),
+            scores=tuple(manifest.get("scores") or ()),
+            top_k=int(manifest.get("top_k") or 0),
+            temperatures=len(temperatures),
+            temperature=sampling.temperature,
+            log_z=temperatures.index(sampling.temperature) if plain and not sampling.greedy else None,
+        )
 
-    def trace(self, record: Mapping[str, Any]) -> Trace:
-        """Tensors of one record.
+    def trace(self, record: Mapping[str, Any], likely: bool = False) -> Trace:
+        """Tensors of one record, on demand with the likely tokens of a plain temperature.
 
         Raises:
             UserError: its lists do not fit together.
@@ -130,14 +175,43 @@ class Layout:
             run_ids_MR=torch.tensor(record["run_ids"], dtype=torch.long).reshape(shape),
             run_log_q_MR=_floats(record["run_log_q"]).reshape(shape),
             run_entropy_MR=run_scores[self.scores.index("entropy")] if "entropy" in self.scores else None,
+            likely=self._likely(record, draft_T) if likely and self.log_z is not None else None,
+        )
+
+    def _likely(self, record: Mapping[str, Any], draft_T: Tensor) -> Likely:
+        """The tokens among the stored ones of both models that q holds likely."""
+
+        def stored(model: str) -> tuple[Tensor, Tensor]:
+            ids_Tk = torch.tensor(record[f"{model}_top_ids"], dtype=torch.long).reshape(len(draft_T), self.top_k)
+            logits_Tk = _floats(record[f"{model}_top_logits"]).reshape(ids_Tk.shape)
+            log_z_T = _floats(record[f"log_z_{model}"])[self.log_z :: self.temperatures]
+            return ids_Tk, logits_Tk / self.temperature - log_z_T[:, None]
+
+        (p_ids_Tk, log_p_Tk), (q_ids_Tk, log_q_Tk) = stored("p"), stored("q")
+        same_Tkk = q_ids_Tk[:, :, None] == p_ids_Tk[:, None, :]
+        known_Tk = same_Tkk.any(-1) & (log_q_Tk > math.log(_LIKELY))
+        matched_Tk = torch.where(same_Tkk, log_p_Tk[:, None, :], 0.0).sum(-1)
+        position_E, _ = known_Tk.nonzero(as_tuple=True)
+        return Likely(
+            position_E=position_E,
+            token_E=q_ids_Tk[known_Tk],
+            log_q_E=log_q_Tk[known_Tk],
+            label_E=(matched_Tk - log_q_Tk)[known_Tk].clamp_max(0.0).exp(),
+            drawn_T=(known_Tk & (q_ids_Tk == draft_T[:, None])).any(-1),
         )
 
     def check(self, config: AcceptanceHeadConfig) -> None:
         """Refuse a head that these traces cannot train.
 
         Raises:
-            UserError: rounds are asked for, but the runs were not traced, or not with what the head reads.
+            UserError: rounds are asked for, but the runs were not traced, or not with what the head reads; or expected
+                labels of traces that do not tell them.
         """
+        if config.data == "expected" and self.log_z is None and not self.greedy:
+            raise UserError(
+                "head.data expected needs traces of a plain temperature (no top-k, top-p, min-p or penalty) with log Z "
+                "at it; take head.data exact."
+            )
         if config.data != "rounds":
             return
         if self.run_length == 0:
@@ -158,6 +232,7 @@ class Examples:
         index_N: where each example's state lies in the flat layout.
         drafted_N: the drafted tokens, int64.
         log_q_N, entropy_N, step_N, label_N: features and labels, float32.
+        weight_N: what each counts, float32: 1 unless the data is expected.
     """
 
     tokens_T: Tensor
@@ -167,6 +242,7 @@ class Examples:
     entropy_N: Tensor
     step_N: Tensor
     label_N: Tensor
+    weight_N: Tensor
 
 
 def make_examples(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: int) -> Examples:
@@ -179,7 +255,7 @@ def make_examples(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: 
         tokens_T, trained_T = mix_tokens(trace.response_T, trace.draft_T, config.mixing, **draws)
         index_N = index_N[trained_T]
     step_T = _random_steps(trace, config.max_length, seed, epoch)
-    return Examples(
+    drafted = Examples(
         tokens_T=tokens_T,
         index_N=index_N,
         drafted_N=trace.draft_T[index_N],
@@ -187,6 +263,23 @@ def make_examples(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: 
         entropy_N=trace.entropy_T[index_N],
         step_N=step_T[index_N],
         label_N=trace.label_T[index_N],
+        weight_N=torch.ones(len(index_N)),
+    )
+    return _expected(drafted, trace.likely) if config.data == "expected" and trace.likely else drafted
+
+
+def _expected(drafted: Examples, likely: Likely) -> Examples:
+    """The likely tokens, weighing q, in place of the drawn one where that is among them."""
+    rest_N, at_E = ~likely.drawn_T, likely.position_E
+    return Examples(
+        tokens_T=drafted.tokens_T,
+        index_N=torch.cat([drafted.index_N[rest_N], at_E]),
+        drafted_N=torch.cat([drafted.drafted_N[rest_N], likely.token_E]),
+        log_q_N=torch.cat([drafted.log_q_N[rest_N], likely.log_q_E]),
+        entropy_N=torch.cat([drafted.entropy_N[rest_N], drafted.entropy_N[at_E]]),
+        step_N=torch.cat([drafted.step_N[rest_N], drafted.step_N[at_E]]),
+        label_N=torch.cat([drafted.label_N[rest_N], likely.label_E]),
+        weight_N=torch.cat([drafted.weight_N[rest_N], likely.log_q_E.exp()]),
     )
 
 
@@ -231,6 +324,7 @@ def _rounds(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: int) -
         entropy_N=torch.cat([trace.entropy_T, run_entropy_MR.flatten()])[index_N],
         step_N=torch.tensor(step, dtype=torch.float32),
         label_N=torch.cat([trace.label_T, dead_MR.flatten()])[index_N],
+        weight_N=torch.ones(len(index_N)),
     )
 
 
@@ -286,7 +380,7 @@ class HeadDataset(Dataset):
         """The trace of a record, whatever the order; the first that were read are kept."""
         trace = self._read.get(row)
         if trace is None:
-            trace = self.layout.trace(self.records[row])
+            trace = self.layout.trace(self.records[row], likely=self.config.data == "expected")
             if len(self._read) < _KEPT:
                 self._read[row] = trace
         return trace
@@ -296,11 +390,11 @@ def collate(items: Sequence[tuple[int, Trace, Examples] | None]) -> dict[str, An
     """A batch: examples of all responses one after the other, nothing padded.
 
     Returns:
-        log_q, entropy, step, labels: float32 [N]; drafted: int64 [N]; wanted: (row, trace, examples) of each
+        log_q, entropy, step, labels, weights: float32 [N]; drafted: int64 [N]; wanted: (row, trace, examples) of each
         response, from which the states are looked up or computed.
     """
     present = [item for item in items if item is not None]
-    columns = {"log_q": "log_q_N", "entropy": "entropy_N", "step": "step_N", "labels": "label_N"}
+    columns = {"log_q": "log_q_N", "entropy": "entropy_N", "step": "step_N", "labels": "label_N", "weights": "weight_N"}
     empty = torch.zeros(0)
     batch = {
         name: torch.cat([empty, *(getattr(examples, attribute) for _, _, examples in present)])

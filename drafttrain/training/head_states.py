@@ -197,7 +197,7 @@ def flat_length(trace: Trace, config: AcceptanceHeadConfig) -> int:
 def _whole(trace: Trace) -> Examples:
     """Stands for a response without choosing examples; only its tokens are looked at."""
     none = torch.zeros(0)
-    return Examples(trace.response_T, none.long(), none.long(), none, none, none, none)
+    return Examples(trace.response_T, none.long(), none.long(), none, none, none, none, none)
 
 
 def _runs(trace: Trace) -> list[int]:

@@ -2,10 +2,10 @@
 
 The model that the Trainer sees is the head alone. The loss is the weighted cross-entropy of SpecDec++ (section 3.3),
 
-    L = sum_i [ -w_acc P_i log P'_i - w_rej (1 - P_i) log(1 - P'_i) ] / sum_i [ w_acc P_i + w_rej (1 - P_i) ],
+    L = sum_i n_i [ -w_acc P_i log P'_i - w_rej (1 - P_i) log(1 - P'_i) ] / sum_i n_i [ w_acc P_i + w_rej (1 - P_i) ],
 
-both sums over the whole global batch: all processes and accumulation steps. So the number of processes changes nothing
-but rounding, and ranks may have unequal numbers of tokens, or none.
+n_i what an example counts (head_data.py), both sums over the whole global batch: all processes and accumulation steps.
+So the number of processes changes nothing but rounding, and ranks may have unequal numbers of tokens, or none.
 """
 
 from __future__ import annotations
@@ -86,16 +86,17 @@ def reads_tokens(model: nn.Module) -> bool:
     return any(name.endswith("token_input.weight") for name, _ in model.named_parameters())
 
 
-def weighted_loss(logit_N: Tensor, label_N: Tensor, w_acc: float, w_rej: float) -> Tensor:
+def weighted_loss(logit_N: Tensor, label_N: Tensor, weight_N: Tensor, w_acc: float, w_rej: float) -> Tensor:
     """Summed weighted cross-entropy of soft labels, in float32; the numerator of the loss above."""
     logit_N = logit_N.float()
-    return (w_acc * label_N * F.softplus(-logit_N) + w_rej * (1 - label_N) * F.softplus(logit_N)).sum()
+    accepted_N, rejected_N = w_acc * label_N * F.softplus(-logit_N), w_rej * (1 - label_N) * F.softplus(logit_N)
+    return (weight_N * (accepted_N + rejected_N)).sum()
 
 
-def weight_sum(label_N: Tensor, w_acc: float, w_rej: float) -> Tensor:
+def weight_sum(label_N: Tensor, weight_N: Tensor, w_acc: float, w_rej: float) -> Tensor:
     """Summed weights of soft labels, float64; the denominator."""
     label_N = label_N.double()
-    return (w_acc * label_N + w_rej * (1 - label_N)).sum()
+    return (weight_N * (w_acc * label_N + w_rej * (1 - label_N))).sum()
 
 
 class HeldOut:
@@ -194,7 +195,7 @@ class HeadTrainer(Trainer):
         """The loss's denominator: weights of all accumulation steps of all processes."""
         total = torch.zeros((), dtype=torch.float64)
         for batch in batch_samples:
-            total = total + weight_sum(batch["labels"], *self._weights).cpu()
+            total = total + weight_sum(batch["labels"], batch["weights"], *self._weights).cpu()
         return self.accelerator.gather(total.to(device)).sum()
 
     def compute_loss(
@@ -210,7 +211,7 @@ class HeadTrainer(Trainer):
             UserError: it is not a number; nothing was updated yet.
         """
         logit_N = head_logits(model, self._states, inputs, self.args.device)
-        summed = weighted_loss(logit_N, inputs["labels"], *self._weights)
+        summed = weighted_loss(logit_N, inputs["labels"], inputs["weights"], *self._weights)
         # Gradients are averaged over processes, but the denominator is global already.
         loss = summed / num_items_in_batch.clamp_min(1e-9).to(summed.dtype) * self.accelerator.num_processes
         if not math.isfinite(loss.item()):

@@ -94,6 +94,7 @@ def assert_close(left, right, atol=0.0):
     "head",
     [
         {"state": "producing", "data": "exact"},
+        {"state": "producing", "data": "expected"},
         {"state": "consumed", "data": "mixed", "tied": "true", "features": []},
         {"state": "consumed", "data": "rounds", "features": ["log_q", "step"]},
     ],

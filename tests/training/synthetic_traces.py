@@ -29,6 +29,10 @@ def trace_record(target, drafter, prompt, length, *, number=0, split="train", te
     """One record by the schema: X from the target, Y coupled to it."""
     greedy = temperature == 0
     tokens, rows, scale = list(prompt), [], 1.0 if greedy else temperature
+    stored = {f"{model}_top_{what}": [] for model in "pq" for what in ("ids", "logits")} | {
+        "log_z_p": [],
+        "log_z_q": [],
+    }
     for i in range(length):
         p_V = (target(torch.tensor([tokens])).logits[0, -1].double() / scale).softmax(-1)
         q_V = (drafter(torch.tensor([tokens])).logits[0, -1].double() / scale).softmax(-1)
@@ -38,30 +42,39 @@ def trace_record(target, drafter, prompt, length, *, number=0, split="train", te
         y = int(q_V.argmax()) if greedy else x if keep else int(sample(residual(p_V, q_V), u[2]))
         entropy = float(torch.special.entr(q_V).sum())
         rows.append((x, y, float(p_V[y].log()), float(q_V[y].log()), float(torch.minimum(p_V, q_V).sum()), entropy))
+        for name, mass_V in (("p", p_V), ("q", q_V)):
+            logits_k, ids_k = (scale * mass_V.log() + 1.0).topk(TOP_K)  # logits of another log Z than zero
+            stored[f"{name}_top_ids"] += ids_k.tolist()
+            stored[f"{name}_top_logits"] += logits_k.tolist()
+            stored[f"log_z_{name}"].append(1.0 / scale)
         tokens.append(x)
     x, y, log_p, log_q, overlap, entropy = (list(column) for column in zip(*rows, strict=True)) if rows else [[]] * 6
     rejected = [i for i in range(length) if x[i] != y[i]]
     runs = [continue_greedily(drafter, [*prompt, *x[:i], y[i]], run_length) for i in rejected]
     flat = [token for run in runs for token in run]
     empty = {name: [] for name in SCHEMAS["traces"].names}
-    return empty | {
-        "prompt_id": f"p{number}",
-        "split": split,
-        "task": "code",
-        "source": "synthetic",
-        "turn": 0,
-        "prompt_ids": list(prompt),
-        "response_ids": x,
-        "draft_ids": y,
-        "log_p": log_p,
-        "log_q": log_q,
-        "overlap": overlap,
-        "entropy": entropy,
-        "run_ids": flat,
-        "run_log_q": [-0.5] * len(flat),
-        "run_scores": [1.5] * len(flat),
-        "scores": entropy,
-    }
+    return (
+        empty
+        | stored
+        | {
+            "prompt_id": f"p{number}",
+            "split": split,
+            "task": "code",
+            "source": "synthetic",
+            "turn": 0,
+            "prompt_ids": list(prompt),
+            "response_ids": x,
+            "draft_ids": y,
+            "log_p": log_p,
+            "log_q": log_q,
+            "overlap": overlap,
+            "entropy": entropy,
+            "run_ids": flat,
+            "run_log_q": [-0.5] * len(flat),
+            "run_scores": [1.5] * len(flat),
+            "scores": entropy,
+        }
+    )
 
 
 def make_records(target, drafter, count=12, *, tune=4, length=10, temperature=1.0, run_length=0, seed=0):
@@ -88,7 +101,7 @@ def make_manifest(target, drafter, tokenizer, *, temperature=1.0, run_length=0):
         "run_length": run_length,
         "scores": ["entropy"],
         "top_k": TOP_K,
-        "temperatures": [1.0],
+        "temperatures": [0.5, 1.0] if temperature == 0 else [temperature],
     }
 
 

@@ -64,6 +64,39 @@ def test_greedy_labels_say_whether_the_target_agreed(pair):
         assert layout.trace(record).label_T.tolist() == agreed
 
 
+@torch.no_grad()
+def test_expected_labels_are_of_all_likely_tokens_and_of_the_drawn_one_where_it_is_none(pair, records):
+    layout = Layout.of(make_manifest(*pair, _Tokenizer(), run_length=3))
+    data = HeadDataset(records, layout, config(data="expected"), seed=0, shuffle=False)
+    drawn = 0
+    for record, (_, trace, examples) in zip(records, map(data.__getitem__, range(len(data))), strict=True):
+        masses_TV = [
+            [
+                model(torch.tensor([[*trace.prompt, *trace.response_T.tolist()[:i]]])).logits[0, -1].softmax(-1)
+                for model in pair
+            ]
+            for i in range(len(trace.response_T))
+        ]
+        covered = [set() for _ in masses_TV]
+        columns = (examples.index_N, examples.drafted_N, examples.log_q_N, examples.label_N, examples.weight_N)
+        for i, token, log_q, label, weight in zip(*(column.tolist() for column in columns), strict=True):
+            p, q = (float(mass_V[token]) for mass_V in masses_TV[i])
+            assert (math.exp(log_q), label) == pytest.approx((q, min(1.0, p / q)), rel=1e-4)
+            drawn += weight == 1
+            assert weight == pytest.approx(q, rel=1e-4) or (weight == 1 and token == record["draft_ids"][i])
+            assert token not in covered[i]
+            covered[i].add(token)
+        assert all(y in tokens for y, tokens in zip(record["draft_ids"], covered, strict=True))
+    assert drawn > 0
+
+
+def test_expected_labels_want_a_plain_temperature(pair):
+    manifest = make_manifest(*pair, _Tokenizer())
+    with pytest.raises(UserError, match="plain temperature"):
+        Layout.of(manifest | {"sampling": manifest["sampling"] | {"top_p": 0.9}}).check(config(data="expected"))
+    Layout.of(make_manifest(*pair, _Tokenizer(), temperature=0.0)).check(config(data="expected"))
+
+
 def test_columns_of_unequal_length_are_refused(records):
     with pytest.raises(UserError, match="p0"):
         LAYOUT.trace(records[0] | {"log_q": [0.0]})

@@ -79,15 +79,15 @@ def weights_of(trainer):
 
 
 def test_the_loss_is_the_published_formula():
-    logit, label = torch.tensor([0.3, -1.2, 2.0]), torch.tensor([0.0, 0.4, 1.0])
+    logit, label, weight = torch.tensor([0.3, -1.2, 2.0]), torch.tensor([0.0, 0.4, 1.0]), torch.tensor([1.0, 0.5, 1.0])
     p = torch.sigmoid(logit)
-    expected = -(2 * label * p.log() + 6 * (1 - label) * (1 - p).log()).sum()
-    assert torch.allclose(weighted_loss(logit, label, 2.0, 6.0), expected)
-    assert float(weight_sum(label, 2.0, 6.0)) == pytest.approx(6 + 2 * 0.4 + 6 * 0.6 + 2)
+    expected = -(weight * (2 * label * p.log() + 6 * (1 - label) * (1 - p).log())).sum()
+    assert torch.allclose(weighted_loss(logit, label, weight, 2.0, 6.0), expected)
+    assert float(weight_sum(label, weight, 2.0, 6.0)) == pytest.approx(6 + 0.5 * (2 * 0.4 + 6 * 0.6) + 2)
 
 
 def test_extreme_logits_have_finite_losses():
-    loss = weighted_loss(torch.tensor([1e4, -1e4]), torch.tensor([0.0, 1.0]), 1.0, 6.0)
+    loss = weighted_loss(torch.tensor([1e4, -1e4]), torch.tensor([0.0, 1.0]), torch.ones(2), 1.0, 6.0)
     assert math.isfinite(float(loss))
 
 
@@ -98,7 +98,7 @@ def test_its_minimiser_is_the_distorted_probability():
 
     def closure():
         optimizer.zero_grad()
-        loss = weighted_loss(logit, label, 1.0, 6.0)
+        loss = weighted_loss(logit, label, torch.ones(1), 1.0, 6.0)
         loss.backward()
         return loss
 
@@ -123,7 +123,8 @@ def test_the_logged_loss_is_the_mean_over_weights(tmp_path):
     label = torch.cat([examples.label_N for _, _, examples in items])
     columns = [torch.cat([getattr(e, name) for _, _, e in items]) for name in ("log_q_N", "entropy_N", "step_N")]
     logit = trainer.model(states(items), *columns)
-    expected = weighted_loss(logit, label, 1.0, 3.0) / weight_sum(label, 1.0, 3.0)
+    weight = torch.ones(len(label))
+    expected = weighted_loss(logit, label, weight, 1.0, 3.0) / weight_sum(label, weight, 1.0, 3.0)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-3)
 
 
