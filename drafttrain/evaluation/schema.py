@@ -396,10 +396,11 @@ def read_samples(path: Path) -> list[Sample]:
     if not path.exists():
         raise UserError(f"{path} does not exist; it belongs to the report beside it, run `drafttrain evaluate` again.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged ({error}); run `drafttrain evaluate` again.") from None
     samples = []
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() would split at U+2028 in an answer too
     for number, line in enumerate(lines, start=1):
         try:
             samples.append(build(Sample, json.loads(line)))

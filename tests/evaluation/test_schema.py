@@ -1,5 +1,6 @@
 """report.json round-trips, and a file that does not fit is refused with the place that does not."""
 
+import dataclasses
 import json
 
 import pytest
@@ -23,6 +24,14 @@ def test_a_report_survives_the_file(made, tmp_path):
 def test_samples_survive_the_file(made, tmp_path):
     answers = next(iter(made[1].values()))
     (tmp_path / "a.jsonl").write_text("".join(to_json_line(sample) + "\n" for sample in answers))
+    assert read_samples(tmp_path / "a.jsonl") == answers
+
+
+@pytest.mark.parametrize("text", [(), ("a\u2028b\x85c",), ("\r\n", "\x0b")])
+def test_answers_may_hold_any_line_separator(made, tmp_path, text):
+    sample = next(iter(made[1].values()))[0]
+    answers = [dataclasses.replace(sample, text=each) for each in text]
+    (tmp_path / "a.jsonl").write_text("".join(to_json_line(each) + "\n" for each in answers), encoding="utf-8")
     assert read_samples(tmp_path / "a.jsonl") == answers
 
 
