@@ -154,17 +154,25 @@ def _machine(report: Report) -> dict[str, object]:
 def _matched(a: Report, b: Report) -> list[tuple[MethodResult, MethodResult]]:
     """The fastest method of each report by setting, then methods of the same name, without repeating a pair."""
     by_name = {(row.sampling, row.method): row for row in b.methods}
-    common = [s.name for s in a.workload.samplings if any(s.name == t.name for t in b.workload.samplings)]
-    matched = [(_fastest(a.of(name)), _fastest(b.of(name))) for name in common]
+    settings = _paired_settings(a, b)
+    matched = [(_fastest(a.of(name)), _fastest(b.of(settings[name]))) for name in settings]
     matched = [(own, other) for own, other in matched if own is not None and other is not None]
     leading = {(own.sampling, own.method) for own, other in matched if own.method == other.method}
-    for row in [row for name in common for row in a.of(name)]:
-        key = (row.sampling, row.method)
-        if key in by_name and key not in leading:
-            matched.append((row, by_name[key]))
+    for row in [row for name in settings for row in a.of(name)]:
+        other = by_name.get((settings[row.sampling], row.method))
+        if other is not None and (row.sampling, row.method) not in leading:
+            matched.append((row, other))
     if not matched:
-        raise UserError("the two reports have no method under the same sampling in common; there is nothing to pair.")
+        raise UserError("one of the two reports has no answer that counts; there is nothing to pair.")
     return matched
+
+
+def _paired_settings(a: Report, b: Report) -> dict[str, str]:
+    """Settings of A and those of B that they are held against: the same ones, the others in their order."""
+    left, right = ([setting.name for setting in report.workload.samplings] for report in (a, b))
+    unlike_left, unlike_right = [n for n in left if n not in right], [n for n in right if n not in left]
+    paired = dict(zip(unlike_left, unlike_right, strict=False)) | {name: name for name in left if name in right}
+    return {name: paired[name] for name in left if name in paired}
 
 
 def _fastest(rows: list[MethodResult]) -> MethodResult | None:
@@ -218,7 +226,7 @@ def _row(
     def ratio(sums: np.ndarray) -> np.ndarray:
         half = sums.shape[-1] // 2
         a, b = figure.value(sums[..., :half]), figure.value(sums[..., half:])
-        return np.divide(b, a, out=np.ones_like(np.asarray(b, dtype=float)), where=np.asarray(a) != 0)
+        return np.divide(b, a, out=np.where(b == 0, 1.0, np.inf), where=np.asarray(a) != 0)
 
     firsts = [first for first, _ in common]
     interval = figure_interval(firsts, counts, ratio, RESAMPLES, 0)
@@ -226,7 +234,8 @@ def _row(
     half = len(sums) // 2
     a, b = float(figure.value(sums[:half])), float(figure.value(sums[half:]))
     prompts = len({first[0].prompt_id for first in firsts})
-    return Row(own.method, other.method, own.sampling, figure.name, a, b, interval, prompts)
+    sampling = own.sampling if own.sampling == other.sampling else f"{other.sampling} against {own.sampling}"
+    return Row(own.method, other.method, sampling, figure.name, a, b, interval, prompts)
 
 
 def markdown(a: Path, b: Path, rows: list[Row], found: dict[str, str]) -> list[str]:

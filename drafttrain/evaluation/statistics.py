@@ -70,8 +70,9 @@ def bootstrap(
         rows = counts_PC[[label == stratum for label in strata]]
         # How often each prompt is drawn is all that the sums depend on: one small matrix product instead of a gather.
         sums_RC += random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=resamples) @ rows
-    low, high = np.quantile(figure(sums_RC), [0.025, 0.975])
-    return Interval(float(figure(counts_PC.sum(axis=0))), float(low), float(high))
+    values = np.sort(figure(sums_RC))
+    edge = int(0.025 * (resamples - 1))  # order statistics, for between infinite ones there is nothing
+    return Interval(float(figure(counts_PC.sum(axis=0))), float(values[edge]), float(values[-1 - edge]))
 
 
 def rate_ratio(sums: np.ndarray) -> np.ndarray:

@@ -81,6 +81,30 @@ def test_other_prompts_and_settings_are_unlike():
     assert set(unlike(a, b)) == {"prompts", "sampling"}
 
 
+def test_unlike_settings_are_paired_in_their_order_when_told(first, tmp_path, capsys):
+    second = save(tmp_path / "b", *synthetic.report(samplings=("temperature 1",)))
+    rows = compare(first, second, allow_unlike={"sampling"})
+    assert {row.sampling for row in rows} == {"temperature 1 against greedy"}
+    assert {method for method, *_ in synthetic.METHODS} <= {
+        row.method_a for row in rows if row.method_a == row.method_b
+    }
+    assert "Unlike, as allowed: sampling" in capsys.readouterr().out
+    both = save(tmp_path / "c", *synthetic.report(samplings=("temperature 1", "greedy")))
+    assert {row.sampling for row in compare(first, both, allow_unlike={"sampling"})} == {"greedy"}
+
+
+def test_something_against_nothing_is_a_difference(first, tmp_path):
+    """A discards nothing, B does."""
+    report, answers = synthetic.report(samplings=("greedy",))
+    fixed = ("greedy", synthetic.METHODS[0][0])
+    answers[fixed] = [dataclasses.replace(s, counts=s.counts | {"discarded": 0}) for s in answers[fixed]]
+    found = [row for row in compare(save(tmp_path / "a", report, answers), first) if row.figure == "discard rate"]
+    [row] = [row for row in found if row.method_a == row.method_b == fixed[1]]
+    assert row.a == 0 < row.b and row.ratio.low == row.ratio.value == row.ratio.high == float("inf")
+    [same] = [r for r in compare(tmp_path / "a", tmp_path / "a") if r.figure == row.figure and r.method_a == fixed[1]]
+    assert same.ratio.value == 1
+
+
 def test_only_common_prompts_are_paired(first, tmp_path):
     report, answers = synthetic.report(samplings=("greedy",))
     report.workload.prompts_hash = "fewer"
