@@ -257,6 +257,7 @@ def make_trainer(
 
 def store_states(trainer: DrafterTrainer, inputs: Inputs, folder: Path) -> None:
     """Compute the target's states once where they are read more than once and fit on the disk; all ranks call it."""
+    from drafttrain.training.state_file import StateFile
     from drafttrain.training.target_states import TargetStates
 
     passes, target = trainer.args.num_train_epochs, trainer.target
@@ -264,7 +265,7 @@ def store_states(trainer: DrafterTrainer, inputs: Inputs, folder: Path) -> None:
         return
     needed = TargetStates.bytes_needed(target, inputs.train)
     path = folder / "target-states.bin"
-    if not path.exists() and not TargetStates.fits(folder, needed):
+    if not StateFile.fits(path, needed):
         say(
             f"the target's states ({needed / 2**30:.1f} GiB) do not fit on the disk of {folder}: it runs in every pass."
         )

@@ -20,6 +20,7 @@ from drafttrain.training.head_program import (
     start_head,
 )
 from drafttrain.training.head_states import DrafterStates, StateStore
+from drafttrain.training.state_file import StateFile
 from drafttrain.training.work_folder import global_batch
 
 _SHOWN = 60  # response tokens of the example
@@ -105,7 +106,7 @@ def _disk(parsed: Parsed, inputs: Inputs) -> list[str]:
     dataset = HeadDataset(inputs.train, inputs.layout, inputs.config, parsed.recipe.seed)
     needed = StateStore.bytes_needed(dataset, states)
     place = inputs.folder.parent
-    if StateStore.fits(place, needed):
+    if StateFile.fits(place / "states", needed):
         return [f"disk: {_gigabytes(needed)} for the drafter's states while training"]
     free = shutil.disk_usage(place).free
     if free < 4 * _count(AcceptanceHead(inputs.config)) * 4:

@@ -243,15 +243,17 @@ class _WithMetrics:
 def _states(name: str, dataset: HeadDataset, inputs: Inputs) -> States:
     """States of a data set, from a store where they stay the same and the disk has room."""
     from drafttrain.training.head_states import DrafterStates, StateStore
+    from drafttrain.training.state_file import StateFile
 
     states = DrafterStates(inputs.drafter.model, dataset.config)
     if dataset.config.data == "mixed":
         return states
-    if not StateStore.fits(inputs.work, StateStore.bytes_needed(dataset, states)):
+    path = inputs.work / f"states-{name}.bin"
+    if not StateFile.fits(path, StateStore.bytes_needed(dataset, states)):
         say(f"{name}: the drafter's states do not fit on the disk of {inputs.work}; they are computed in every epoch.")
         return states
     key = f"{inputs.key} {name} {dataset.config.state} {dataset.config.data}"
-    return StateStore(inputs.work / f"states-{name}.bin", states, dataset, key)
+    return StateStore(path, states, dataset, key)
 
 
 def _split(records: Dataset, name: str) -> Dataset:

@@ -7,9 +7,6 @@ the work, and every epoch after that costs the head only.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,21 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drafttrain.distributed import barrier, is_main, progress, rank, world_size
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 from drafttrain.models.branch_states import Branches, batch_branch_states
-from drafttrain.run_folder import write_atomically
 from drafttrain.training.head_data import Examples, HeadDataset, Trace
+from drafttrain.training.state_file import TOKENS_AT_ONCE, StateFile
 
 # T response positions, M rejected positions, R tokens of a run, H hidden, N examples, S flat states of a response
 
 Wanted = tuple[int, Trace, Examples]
-
-_TOKENS_AT_ONCE = 4096
-"""Padded tokens that the drafter reads in one forward while the store is filled."""
-
-_SHARE_OF_DISK = 0.5
-"""A store larger than this share of what is free is not made."""
 
 
 class DrafterStates:
@@ -91,7 +81,7 @@ class DrafterStates:
         return flat
 
 
-def by_size(wanted: Sequence[Wanted], tokens: int = _TOKENS_AT_ONCE) -> Iterator[list[Wanted]]:
+def by_size(wanted: Sequence[Wanted], tokens: int = TOKENS_AT_ONCE) -> Iterator[list[Wanted]]:
     """Consecutive groups of at most `tokens` padded tokens (one response at least)."""
     group: list[Wanted] = []
     longest = 0
@@ -109,39 +99,25 @@ def by_size(wanted: Sequence[Wanted], tokens: int = _TOKENS_AT_ONCE) -> Iterator
 class StateStore:
     """States of all responses of a data set, computed once and memory-mapped: a stand-in for `DrafterStates`.
 
-    Rows are dealt to the processes in fixed groups, so the file does not depend on how many there are. A file that was
-    finished for the same `key` is used as it is; an unfinished one is made again.
-
     Args:
-        path: of the file; a note beside it says what it holds.
+        path: see `StateFile`.
         states: computes what is missing.
         dataset: whose responses.
         key: identifies drafter, traces and layout.
     """
 
     def __init__(self, path: Path, states: DrafterStates, dataset: HeadDataset, key: str) -> None:
-        self.path, self._states, self._dataset = path, states, dataset
-        lengths = [flat_length(dataset.trace(row), states.config) for row in range(len(dataset.records))]
-        self._starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        self._note = path.with_suffix(".json")
-        shape = {"rows": self._starts[-1], "hidden": states.hidden_size, "dtype": str(states.dtype)}
-        self._description = {"key": key, **shape}
-        done = self._is_done()
-        barrier()  # nobody may start writing while another still looks
-        if not done:
-            self._fill()
-        self._map_NH = self._map(shared=False)
+        self._states = states
+        self._file = StateFile(path, _lengths(dataset, states), states.hidden_size, states.dtype, key)
+        if not self._file.finished:
+            rows = [(row, dataset.trace(row)) for row in range(len(dataset.records))]
+            groups = list(by_size([(row, trace, _whole(trace)) for row, trace in rows if len(trace.draft_T)]))
+            self._file.fill(groups, self._flat, "drafter states")
 
     @staticmethod
     def bytes_needed(dataset: HeadDataset, states: DrafterStates) -> int:
         """Size of the file."""
-        rows = sum(flat_length(dataset.trace(row), states.config) for row in range(len(dataset.records)))
-        return rows * states.hidden_size * states.dtype.itemsize
-
-    @staticmethod
-    def fits(folder: Path, size: int) -> bool:
-        """Whether a file of `size` bytes leaves room on the disk of `folder`."""
-        return size <= _SHARE_OF_DISK * shutil.disk_usage(folder).free
+        return sum(_lengths(dataset, states)) * states.hidden_size * states.dtype.itemsize
 
     def embed(self, tokens_N: Tensor) -> Tensor:
         """As `DrafterStates.embed`."""
@@ -149,44 +125,16 @@ class StateStore:
 
     def __call__(self, wanted: Sequence[Wanted]) -> Tensor:
         """As `DrafterStates.__call__`, on the CPU."""
-        rows = [self._starts[row] + examples.index_N for row, _, examples in wanted]
-        return self._map_NH[torch.cat([torch.zeros(0, dtype=torch.long), *rows])]
+        stored = self._file([-1, *(row for row, _, _ in wanted)])
+        chosen = [states_SH[examples.index_N] for states_SH, (_, _, examples) in zip(stored[1:], wanted, strict=True)]
+        return torch.cat([stored[0], *chosen])
 
-    def _is_done(self) -> bool:
-        try:
-            return self.path.exists() and json.loads(self._note.read_text(encoding="utf-8")) == self._description
-        except (OSError, ValueError):
-            return False
+    def _flat(self, group: list[Wanted]) -> Iterator[tuple[int, Tensor]]:
+        return zip((row for row, _, _ in group), self._states.flat(group), strict=True)
 
-    def _fill(self) -> None:
-        if is_main():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._note.unlink(missing_ok=True)
-            size = self._starts[-1] * self._states.hidden_size * self._states.dtype.itemsize
-            with self.path.open("wb") as file:
-                file.truncate(size)
-                if size and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk must be an error here, not a signal later
-        barrier()
-        map_NH = self._map(shared=True)
-        rows = [(row, self._dataset.trace(row)) for row in range(len(self._dataset.records))]
-        wanted = [(row, trace, _whole(trace)) for row, trace in rows if len(trace.draft_T)]
-        mine = [group for number, group in enumerate(by_size(wanted)) if number % world_size() == rank()]
-        for group in progress(mine, total=len(mine), description="drafter states"):
-            for (row, _, _), states_SH in zip(group, self._states.flat(group), strict=True):
-                map_NH[self._starts[row] : self._starts[row + 1]] = states_SH.cpu()
-        del map_NH
-        barrier()
-        if is_main():
-            write_atomically(self._note, json.dumps(self._description))
-        barrier()
 
-    def _map(self, shared: bool) -> Tensor:
-        rows, hidden = self._starts[-1], self._states.hidden_size
-        if rows == 0:
-            return torch.zeros(0, hidden, dtype=self._states.dtype)
-        flat = torch.from_file(str(self.path), shared=shared, size=rows * hidden, dtype=self._states.dtype)
-        return flat.view(rows, hidden)
+def _lengths(dataset: HeadDataset, states: DrafterStates) -> list[int]:
+    return [flat_length(dataset.trace(row), states.config) for row in range(len(dataset.records))]
 
 
 def flat_length(trace: Trace, config: AcceptanceHeadConfig) -> int:

@@ -6,7 +6,8 @@ from accelerate import Accelerator
 
 from drafttrain.training.drafter_data import EMPTY, Collator, ResponseDataset
 from drafttrain.training.sharding import FrozenTarget
-from drafttrain.training.target_states import TOKENS_AT_ONCE, TargetStates, _groups
+from drafttrain.training.state_file import TOKENS_AT_ONCE, StateFile
+from drafttrain.training.target_states import TargetStates, _groups
 from tests.conftest import build_llama
 from tests.training.test_drafter_trainer import assert_same, losses, make_trainer, rows, target, weights
 
@@ -31,8 +32,8 @@ def test_stored_states_are_those_of_the_trained_tokens(frozen, tmp_path):
 def test_a_finished_file_is_used_and_another_is_made_again(frozen, tmp_path, monkeypatch):
     data, collator = ResponseDataset(rows(), 14), Collator(1)
     first = TargetStates(tmp_path / "states.bin", frozen, data, collator, "key")([0, 1, 2])
-    fill, filled = TargetStates._fill, []
-    monkeypatch.setattr(TargetStates, "_fill", lambda self, *args: (filled.append(1), fill(self, *args)))
+    fill, filled = StateFile.fill, []
+    monkeypatch.setattr(StateFile, "fill", lambda self, *args: (filled.append(1), fill(self, *args)))
     assert torch.equal(TargetStates(tmp_path / "states.bin", frozen, data, collator, "key")([0, 1, 2]), first)
     assert not filled
     TargetStates(tmp_path / "states.bin", frozen, data, collator, "other")
