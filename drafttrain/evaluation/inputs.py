@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drafttrain.config import Parsed
+from drafttrain.config import Parsed, PromptsConfig
 from drafttrain.errors import UserError
 from drafttrain.evaluation.questions import Record, answers_of, choose
 from drafttrain.records import read_records
@@ -32,6 +32,9 @@ class Inputs:
 def inputs_of(parsed: Parsed, tokenizer: Any, context: int, write: bool = True) -> Inputs:
     """Read the prompts of the run, or make them where nothing has been prepared.
 
+    Where they have been answered they stay as they are: a recipe that says nothing of prompts takes them, one that asks
+    for others is refused.
+
     Args:
         parsed: the recipe.
         tokenizer: the target's.
@@ -39,13 +42,10 @@ def inputs_of(parsed: Parsed, tokenizer: Any, context: int, write: bool = True) 
         write: keep prompts that are made in the run folder.
 
     Raises:
-        UserError: there are none, or no test prompt among them.
+        UserError: there are none, no test prompt among them, or the run's are not those of this recipe or tokenizer.
     """
     run = RunFolder(parsed.run)
-    if run.responses.exists():
-        records: list[Record] = list(read_records(run.prompts, "prompts"))
-    else:
-        records = _make(parsed, tokenizer, context, run, write)
+    records = _made(parsed, tokenizer, context, run, write)
     per_task = parsed.recipe.evaluate.prompts_per_task
     tune, test = split(records, per_task) if run.responses.exists() else split_probe(records, per_task)
     if not test:
@@ -88,10 +88,15 @@ def references(records: Sequence[Record]) -> dict[tuple[str, int], str]:
     }
 
 
-def _make(parsed: Parsed, tokenizer: Any, context: int, run: RunFolder, write: bool) -> list[Record]:
-    from data_prep.prompts import ensure_prompts, prompts_of  # the one step back: a probe has no prompts of its own
+def _made(parsed: Parsed, tokenizer: Any, context: int, run: RunFolder, write: bool) -> list[Record]:
+    # The one step back: a probe has no prompts of its own.
+    from data_prep.prompts import ensure_prompts, prompts_manifest, prompts_of
 
     asked_for = (parsed.recipe.prompts, parsed.recipe.seed, tokenizer, context)
+    if run.responses.exists():
+        parts = ("fingerprints",) if parsed.recipe.prompts == PromptsConfig() else ("fingerprints", "settings")
+        manifest = prompts_manifest(*asked_for)
+        return list(read_records(run.prompts, "prompts", {part: manifest[part] for part in parts}))
     if not write:
         return prompts_of(*asked_for).records
     ensure_prompts(*asked_for, run)

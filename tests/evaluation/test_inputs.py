@@ -1,12 +1,16 @@
 """Prompts are tuned on and tested on apart, and a probe tests on nothing that its target was trained on."""
 
+import json
+
 import pytest
 
+from data_prep.prompts import ensure_prompts
 from drafttrain.config import parse
 from drafttrain.errors import UserError
 from drafttrain.evaluation import inputs
 from drafttrain.evaluation.inputs import inputs_of, split_probe
 from drafttrain.run_folder import RunFolder
+from tests.conftest import build_tokenizer
 
 
 def records(*splits, kind="", task="code"):
@@ -36,7 +40,7 @@ def parsed(tmp_path):
 
 
 def given(monkeypatch, made):
-    monkeypatch.setattr(inputs, "_make", lambda *_: made)
+    monkeypatch.setattr(inputs, "_made", lambda *_: made)
 
 
 def test_a_quarter_of_the_test_prompts_tunes_where_there_are_no_others_and_that_is_known(parsed, monkeypatch):
@@ -47,15 +51,38 @@ def test_a_quarter_of_the_test_prompts_tunes_where_there_are_no_others_and_that_
     assert inputs_of(parsed, None, 512).apart
 
 
-def test_prompts_that_stand_in_the_run_are_those_of_the_recipe_until_they_are_answered(parsed, monkeypatch):
-    """Until then another recipe may ask for others: whoever makes prompts decides whether these will do."""
-    given(monkeypatch, records(*["train"] * 3))
-    monkeypatch.setattr(inputs, "read_records", lambda *_: records("tune", "test", "test", task="answered"))
-    run = RunFolder(parsed.run)
-    run.prompts.mkdir(parents=True)
-    assert {record["task"] for record in inputs_of(parsed, None, 512).test} == {"code"}
+@pytest.fixture
+def answered(tmp_path, tiny_tokenizer):
+    """Evaluates a run whose prompts, of this file, have been answered; takes flags, and another tokenizer."""
+    asked = [json.dumps({"messages": [{"role": "user", "content": f"Count to {n}"}]}) for n in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(asked))
+    (tmp_path / "others.jsonl").write_text("\n".join(asked[1:]))
+    run = RunFolder(tmp_path / "run")
+    own = parse("", [], ["--run", str(run.path), "--prompts.path", str(tmp_path / "prompts.jsonl")])
+    ensure_prompts(own.recipe.prompts, own.recipe.seed, tiny_tokenizer, 512, run)
     run.responses.mkdir()
-    assert {record["task"] for record in inputs_of(parsed, None, 512).test} == {"answered"}
+
+    def found(*flags, tokenizer=tiny_tokenizer):
+        return inputs_of(parse("", [], ["--run", str(run.path), *flags]), tokenizer, 256)
+
+    return found
+
+
+def test_answered_prompts_are_read_with_their_own_recipe_and_with_one_that_names_none(answered, tmp_path):
+    found = answered()
+    assert found.test and found == answered("--prompts.path", str(tmp_path / "prompts.jsonl"))
+
+
+def test_other_prompts_than_those_answered_are_refused(answered, tmp_path):
+    with pytest.raises(UserError, match="file"):
+        answered("--prompts.path", str(tmp_path / "others.jsonl"))
+    with pytest.raises(UserError, match="limit"):
+        answered("--prompts.path", str(tmp_path / "prompts.jsonl"), "--prompts.limit", "3")
+
+
+def test_prompts_of_another_tokenizer_are_refused(answered):
+    with pytest.raises(UserError, match="tokenizer"):
+        answered(tokenizer=build_tokenizer(280))
 
 
 def test_without_a_test_prompt_there_is_nothing_to_measure(parsed, monkeypatch):
