@@ -242,7 +242,8 @@ class EvaluateConfig:
     max_length: int = between(1, 64, 12)
     """fixed lengths 1..max_length are swept"""
     thresholds: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+        default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
+        metadata={"low": 0.0, "high": 1.0},
     )
     """thresholds swept for acceptance heads and confidence"""
     samplings: list[SamplingConfig] = field(default_factory=list)
@@ -265,7 +266,7 @@ class EvaluateConfig:
     """lower bound of the speed-up's interval from which the verdict is to deploy"""
     bootstrap: int = at_least(100, 2000)
     """resamples behind every interval"""
-    tolerance: float = 4.0
+    tolerance: float = at_least(0.0, 4.0)
     """fp32 divergences pass when the top-1/top-2 gap is at most this times the measured logit noise"""
 
 

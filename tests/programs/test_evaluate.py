@@ -192,6 +192,16 @@ def test_mistakes_are_told_in_a_sentence(files, tmp_path, capsys, plan):
     assert "none.jsonl" in refused(capsys, "evaluate", *flags(files, tmp_path / "d"), *prompts)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("thresholds", "[0.5, 1.5]", "between 0.0 and 1.0"), ("tolerance", "-1", "at least 0.0")],
+)
+def test_impossible_numbers_are_refused_before_anything_runs(files, tmp_path, capsys, name, value, told):
+    argv = flags(files, tmp_path / "run", f"--evaluate.{name}", value)
+    assert f"evaluate.{name} must be {told}" in refused(capsys, "evaluate", *argv)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_drafter_of_another_vocabulary_is_refused(files, tmp_path, capsys):
     other = tmp_path / "other"
     build_llama(280, layers=1).save_pretrained(other)
