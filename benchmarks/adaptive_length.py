@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import finish  # noqa: E402
 from drafttrain.config import parse  # noqa: E402
+from drafttrain.evaluation.methods import head_of, kind_of  # noqa: E402
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint, read_report  # noqa: E402
-from drafttrain.evaluation.sweep import head_of, kind_of  # noqa: E402
 
 TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
 """Decoding settings."""

@@ -25,6 +25,7 @@ from drafttrain.evaluation.exactness import greedy_check, identity_check, sample
 from drafttrain.evaluation.examples import examples, sample_path, write_samples
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.measure import breakdown
+from drafttrain.evaluation.methods import check_length, family_of, kind_of, parameter_of
 from drafttrain.evaluation.names import sampling_name, sampling_of
 from drafttrain.evaluation.pair import Models, load_models
 from drafttrain.evaluation.questions import Limits, Question, different, prompts_hash, questions_of, to_sample
@@ -44,7 +45,7 @@ from drafttrain.evaluation.schema import (
 )
 from drafttrain.evaluation.schema import Sampling as NamedSampling
 from drafttrain.evaluation.sweep import Setting as SweptSetting
-from drafttrain.evaluation.sweep import check_length, family_of, kind_of, parameter_of, pick, settings, sweep
+from drafttrain.evaluation.sweep import pick, settings, sweep
 from drafttrain.evaluation.tuning import calibrate, made_traces, record_for_replay, stored_traces, task_weights
 from drafttrain.evaluation.verdict import decide, predict, verdict_lines
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig

@@ -12,9 +12,10 @@ from drafttrain.config import Parsed
 from drafttrain.decoding.expression import parse_method
 from drafttrain.errors import UserError
 from drafttrain.evaluation.inputs import Inputs, inputs_of
+from drafttrain.evaluation.methods import check_length
 from drafttrain.evaluation.names import sampling_name
 from drafttrain.evaluation.pair import head_names, speed_dtype
-from drafttrain.evaluation.sweep import check_length, settings
+from drafttrain.evaluation.sweep import settings
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
 from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_tokenizer
 from drafttrain.run_folder import RunFolder

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from drafttrain.evaluation.methods import head_of, parameter_of
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint
-from drafttrain.evaluation.sweep import head_of
 
 COLORS = {
     "autoregressive": "#767676",
@@ -190,8 +190,8 @@ def _length_panel(axis: Axes, report: Report, sampling: str) -> None:
         label="fixed length, by replay",
     )
     for row in report.of(sampling, "fixed"):
-        interval, k = row.overall.speedup, parameter(row, report)
-        if interval is None or k is None:
+        interval, k = row.overall.speedup, parameter_of(row.method)
+        if interval is None:
             continue
         bars = [[base * (interval.value - interval.low)], [base * (interval.high - interval.value)]]
         axis.errorbar(
@@ -225,11 +225,6 @@ def _measured_line(axis: Axes, rows: Sequence[MethodResult], kind: str, base: fl
     axis.axhspan(base * interval.low, base * interval.high, color=COLORS[kind], alpha=0.10, lw=0)
     style = {"head": "-", "confidence": "-.", "entropy": (0, (3, 1, 1, 1, 1, 1))}[kind]
     axis.axhline(base * interval.value, color=COLORS[kind], ls=style, lw=1.8, label=f"{NAMES[kind]}, measured")
-
-
-def parameter(row: MethodResult, report: Report) -> float | None:
-    """The swept parameter of a method that was really run."""
-    return next((p.parameter for p in report.sweep if (p.method, p.sampling) == (row.method, row.sampling)), None)
 
 
 def _unique_legend(axes: Sequence[Axes]) -> tuple[list, list[str]]:

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 
 from drafttrain.config import EvaluateConfig
 from drafttrain.decoding.counts import Counts
-from drafttrain.decoding.expression import Expression, Member, build, parse_method
-from drafttrain.errors import UserError
+from drafttrain.decoding.expression import build, parse_method
+from drafttrain.evaluation.methods import ORACLE, family_of, head_of
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.policies import OraclePolicy, policy_of
 from drafttrain.evaluation.replay import Tally, replay
 from drafttrain.evaluation.schema import Costs, Kind, SweepPoint
-from drafttrain.evaluation.trace_record import LONGEST, Record
+from drafttrain.evaluation.trace_record import Record
 from drafttrain.evaluation.verdict import predict
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 
-ORACLE = "perfect stopping"
 RUN_KINDS: tuple[Kind, ...] = ("fixed", "head", "confidence", "entropy")
 """Kinds that can really be run, in the order in which they are run."""
 
@@ -56,59 +55,6 @@ def settings(config: EvaluateConfig, heads: Mapping[str, AcceptanceHeadConfig]) 
         for h in sorted({*config.thresholds, *STRICT, head.threshold}):
             found.append(Setting(f"Model(drafter, stop=AcceptanceHead({name}, {h}{least}{limit}))", "head", h))
     return [Setting(str(parse_method(each.method)), each.kind, each.parameter) for each in found]
-
-
-def head_of(method: str) -> str | None:
-    """Name of the acceptance head that a method asks, None if it asks none (nor does `ORACLE`, which is no method)."""
-    if method == ORACLE:
-        return None
-    stop = dict(parse_method(method).arguments).get("stop")
-    return next((value.name for _, value in stop.arguments if isinstance(value, Member)), None) if stop else None
-
-
-def kind_of(method: str) -> Kind:
-    """The kind of a method, from its expression."""
-    expression = parse_method(method)
-    if expression.name == "Autoregressive":
-        return "autoregressive"
-    arguments = dict(expression.arguments)
-    if expression.name != "Model":
-        return "other"
-    if "stop" not in arguments:
-        return "fixed"
-    kinds: dict[str, Kind] = {"AcceptanceHead": "head", "Confidence": "confidence", "Entropy": "entropy"}
-    return kinds.get(arguments["stop"].name, "other")
-
-
-def family_of(method: str) -> str:
-    """What methods share their costs with: their kind, and for an acceptance head its name."""
-    name = head_of(method)
-    return f"{kind_of(method)} {name}" if name else kind_of(method)
-
-
-def parameter_of(method: str) -> float | None:
-    """The number that a sweep would vary: the length, or the stopping rule's threshold."""
-    arguments = dict(parse_method(method).arguments)
-    if "stop" in arguments:
-        numbers = [value for _, value in arguments["stop"].arguments if isinstance(value, int | float)]
-        return float(numbers[0]) if numbers else None
-    return float(arguments["length"]) if "length" in arguments else None
-
-
-def check_length(method: str) -> None:
-    """Refuse a method that drafts more tokens a round than replay can count.
-
-    Raises:
-        UserError: it does.
-    """
-    expression = parse_method(method)
-    arguments = dict(expression.arguments)
-    limits, stop = [arguments.get("length")], arguments.get("stop")
-    if isinstance(stop, Expression):
-        limits.append(dict(stop.arguments).get("max", 0))
-    longest = min((limit for limit in limits if isinstance(limit, int)), default=0)
-    if longest > LONGEST:
-        raise UserError(f"{expression} drafts up to {longest} tokens a round; give it {LONGEST} at most.")
 
 
 def sweep(

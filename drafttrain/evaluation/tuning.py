@@ -15,11 +15,11 @@ from typing import Any
 from drafttrain.distributed import say
 from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.measure import costs_by_family
+from drafttrain.evaluation.methods import family_of
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.questions import Question
 from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs
-from drafttrain.evaluation.sweep import family_of
 from drafttrain.evaluation.trace_record import Record, record_of
 from drafttrain.evaluation.trace_scores import RULES, score_rows, with_run_entropy
 from drafttrain.ops.sampling import Sampling

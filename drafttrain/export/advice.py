@@ -38,8 +38,8 @@ def advise(run: RunFolder, drafter: Fingerprint) -> Advice:
     Raises:
         UserError: there is a report, but it cannot be read.
     """
+    from drafttrain.evaluation.methods import parameter_of
     from drafttrain.evaluation.schema import read_report
-    from drafttrain.evaluation.sweep import parameter_of
 
     path = run.report / "report.json"
     guess = f"a guess: {DEFAULT_TOKENS} tokens; `drafttrain evaluate --run {run.path}` measures the best number"

@@ -9,6 +9,7 @@ import random
 import numpy as np
 
 from drafttrain.evaluation import figures
+from drafttrain.evaluation.methods import ORACLE
 from drafttrain.evaluation.schema import (
     AUTOREGRESSIVE,
     SCHEMA_VERSION,
@@ -27,7 +28,6 @@ from drafttrain.evaluation.schema import (
     SweepPoint,
     Workload,
 )
-from drafttrain.evaluation.sweep import ORACLE
 from drafttrain.evaluation.verdict import decide, predict
 from drafttrain.training import calibration
 

@@ -13,22 +13,11 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import parse_method
 from drafttrain.errors import UserError
 from drafttrain.evaluation.command import foreign_heads
+from drafttrain.evaluation.methods import ORACLE, check_length, family_of, head_of, kind_of, parameter_of
 from drafttrain.evaluation.names import sampling_name
 from drafttrain.evaluation.runner import Round, Timings
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs, SweepPoint
-from drafttrain.evaluation.sweep import (
-    ORACLE,
-    Setting,
-    check_length,
-    family_of,
-    head_of,
-    kind_of,
-    parameter_of,
-    pick,
-    settings,
-    sweep,
-    weighted,
-)
+from drafttrain.evaluation.sweep import Setting, pick, settings, sweep, weighted
 from drafttrain.evaluation.trace_record import Record
 from drafttrain.evaluation.trace_scores import Scores
 from drafttrain.evaluation.tuning import by_family, counts, task_weights

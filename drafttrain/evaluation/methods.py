@@ -1,0 +1,70 @@
+"""What a method's expression says: its kind, the number that a sweep varies, whose head it asks, how far it drafts."""
+
+from __future__ import annotations
+
+from drafttrain.decoding.expression import Expression, Member, parse_method
+from drafttrain.errors import UserError
+from drafttrain.evaluation.schema import Kind
+from drafttrain.evaluation.trace_record import LONGEST
+
+ORACLE = "perfect stopping"
+"""Stands where a method's expression would: nothing can really run it."""
+
+USUAL = 12
+"""Most tokens that an adaptive rule drafts in a round where its expression does not say (`max`)."""
+
+
+def head_of(method: str) -> str | None:
+    """Name of the acceptance head that a method asks, None if it asks none (nor does `ORACLE`, which is no method)."""
+    if method == ORACLE:
+        return None
+    stop = dict(parse_method(method).arguments).get("stop")
+    return next((value.name for _, value in stop.arguments if isinstance(value, Member)), None) if stop else None
+
+
+def kind_of(method: str) -> Kind:
+    """The kind of a method, from its expression."""
+    expression = parse_method(method)
+    if expression.name == "Autoregressive":
+        return "autoregressive"
+    arguments = dict(expression.arguments)
+    if expression.name != "Model":
+        return "other"
+    if "stop" not in arguments:
+        return "fixed"
+    kinds: dict[str, Kind] = {"AcceptanceHead": "head", "Confidence": "confidence", "Entropy": "entropy"}
+    return kinds.get(arguments["stop"].name, "other")
+
+
+def family_of(method: str) -> str:
+    """What methods share their costs with: their kind, and for an acceptance head its name."""
+    name = head_of(method)
+    return f"{kind_of(method)} {name}" if name else kind_of(method)
+
+
+def parameter_of(method: str) -> float | None:
+    """The number that a sweep would vary: the length, or the stopping rule's threshold."""
+    arguments = dict(parse_method(method).arguments)
+    if "stop" in arguments:
+        numbers = [value for _, value in arguments["stop"].arguments if isinstance(value, int | float)]
+        return float(numbers[0]) if numbers else None
+    return float(arguments["length"]) if "length" in arguments else None
+
+
+def longest_of(method: str) -> int:
+    """Most tokens that a method drafts in a round; 0 where that is none of its numbers."""
+    arguments = dict(parse_method(method).arguments)
+    limits, stop = [arguments.get("length")], arguments.get("stop")
+    if isinstance(stop, Expression):
+        limits.append(dict(stop.arguments).get("max", USUAL))
+    return min((limit for limit in limits if isinstance(limit, int)), default=0)
+
+
+def check_length(method: str) -> None:
+    """Refuse a method that drafts more tokens a round than replay can count.
+
+    Raises:
+        UserError: it does.
+    """
+    if longest_of(method) > LONGEST:
+        raise UserError(f"{method} drafts up to {longest_of(method)} tokens a round; give it {LONGEST} at most.")
