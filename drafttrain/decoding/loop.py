@@ -150,13 +150,13 @@ class Decoder:
             self._cache = self.target.new_cache(len(rows), setting.capacity + width)
         else:
             self._cache.rollback([min(pair) for pair in zip(self._cache.lengths, kept, strict=True)])
+        self._committed = committed  # from here on what the cache holds begins this text, even if a read fails
         unread = zip(committed.tokens, self._cache.lengths, strict=True)
         self.target.read(self._cache, [tokens[length:-1] for tokens, length in unread])
         if self.drafter:
             self.drafter.start(committed, setting, resume)
         if self.sampling.penalised:
             committed.seen_BV = seen_tokens(committed.tokens, self.target.vocabulary, self.target.device)
-        self._committed = committed
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         seconds = (time.perf_counter() - started) / len(rows)
@@ -229,9 +229,6 @@ class Decoder:
             elif len(row.tokens) >= row.limit:
                 row.finish_reason = "length"
             committed.tokens[place] += tokens
-        seconds = (time.perf_counter() - started) / len(rows)
-        for row, tokens, (_, drafted, *rest), accepted in zip(rows, emitted, reply, agreed, strict=True):
-            row.counts.add_round(len(tokens), drafted, accepted, dict(zip(names, rest, strict=False)), seconds)
         # The last emitted token is not read yet, in either model.
         self._cache.rollback([length + len(tokens) for length, tokens in zip(read, emitted, strict=True)])
         if self.drafter:
@@ -239,6 +236,9 @@ class Decoder:
         if committed.seen_BV is not None:
             for place, tokens in enumerate(emitted):
                 committed.seen_BV[place, tokens] = True
+        seconds = (time.perf_counter() - started) / len(rows)
+        for row, tokens, (_, drafted, *rest), accepted in zip(rows, emitted, reply, agreed, strict=True):
+            row.counts.add_round(len(tokens), drafted, accepted, dict(zip(names, rest, strict=False)), seconds)
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """A round's tokens up to and including the first end token."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from drafttrain.decoding.loop import Conversation, Decoder, surviving_order
 from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, FixedLength
 from drafttrain.errors import UserError
 from drafttrain.ops.sampling import Sampling
+from tests.conftest import build_llama
 from tests.decoding.support import WatchedDrafter, greedy_reference, pair
 
 GREEDY = Sampling(0.0)
@@ -134,6 +137,16 @@ def test_a_full_acceptance_costs_no_forward_of_its_own(engines, monkeypatch):
     [completion] = Decoder(engines[0], ModelDrafter(engines[0], 3), GREEDY).generate([[1, 5]], 12)
     assert widths == [1, 1, 1] + [2, 1, 1] * 2
     assert completion.counts.draft_forwards == {"drafter": 9}
+
+
+def test_the_seconds_of_a_round_are_all_of_it(engines):
+    class Slow(ModelDrafter):
+        def commit(self, agreed):
+            time.sleep(0.02)
+            super().commit(agreed)
+
+    [completion] = Decoder(engines[0], Slow(engines[1], 3), GREEDY).generate([[1, 5]], 6)
+    assert completion.counts.decode_seconds >= 0.02 * completion.counts.rounds
 
 
 # ---- ends ----
@@ -288,6 +301,16 @@ def test_a_conversation_survives_other_uses_of_its_drafter(engines):
     assert reply.counts.accepted == again.counts.accepted
 
 
+def test_a_conversation_survives_a_turn_that_its_drafter_refuses(engines):
+    small = Engine(build_llama(24, layers=1, hidden=16, max_position_embeddings=32).double())
+    chat = Conversation(Decoder(engines[0], ModelDrafter(small, 2), GREEDY))
+    first = chat.reply([1, 5, 3], 8)
+    with pytest.raises(UserError, match="exceeds the 32 positions"):
+        chat.reply([2] * 30, 8)
+    prompt = [1, 5, 3, *first.token_ids, 9]
+    assert chat.reply(prompt, 8).token_ids == Decoder(engines[0], None, GREEDY).generate([prompt], 8)[0].token_ids
+
+
 def test_bad_input_is_refused_before_work_starts(engines):
     decoder = Decoder(engines[0], None, GREEDY)
     assert decoder.generate([], 4) == []
@@ -300,8 +323,6 @@ def test_bad_input_is_refused_before_work_starts(engines):
 
 
 def test_a_drafter_with_fewer_positions_is_refused_by_name(engines):
-    from tests.conftest import build_llama
-
     small = Engine(build_llama(24, layers=1, hidden=16, max_position_embeddings=16).double())
     decoder = Decoder(engines[0], ModelDrafter(small, 2, name="small"), GREEDY)
     with pytest.raises(UserError, match="17 tokens exceeds the 16 positions of small"):
