@@ -17,6 +17,7 @@ from drafttrain.distributed import barrier, is_main, say
 from drafttrain.errors import UserError
 from drafttrain.models.checkpoint import CheckpointInfo, license_of, read_info, save_checkpoint
 from drafttrain.models.drafters import build_drafter, inner
+from drafttrain.models.fingerprint import weights_hash
 from drafttrain.models.loading import Loaded, load_target, max_context
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder, write_atomically
@@ -141,7 +142,7 @@ def read_inputs(parsed: Parsed) -> Inputs:
         tune=ResponseDataset(tune, max_length),
         vocabulary=1 + max(target.tokenizer.get_vocab().values()),
         ends=end_tokens(target.tokenizer, target.model.generation_config),
-        key=settings_key(recipe, manifest, target),
+        key=settings_key(recipe, manifest, target, drafter),
     )
 
 
@@ -194,10 +195,11 @@ def left_out(data: ResponseDataset) -> str:
     return f"left out: {data.dropped} responses without a token to train within {data.max_length} tokens"
 
 
-def settings_key(recipe: Recipe, manifest: dict[str, Any], target: Loaded) -> str:
+def settings_key(recipe: Recipe, manifest: dict[str, Any], target: Loaded, drafter: nn.Module) -> str:
     """Hash of all that decides what the drafter will be."""
     settings = {
         "drafter": dataclasses.asdict(recipe.drafter),
+        "weights": weights_hash(drafter),  # a path may hold other ones by now
         "training": dataclasses.asdict(recipe.training),
         "seed": recipe.seed,
         "sampling": dataclasses.asdict(recipe.responses.sampling) if recipe.training.on_policy_fraction else None,

@@ -15,7 +15,7 @@ from drafttrain.distributed import barrier, is_main, say
 from drafttrain.errors import UserError
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig, load_config
 from drafttrain.models.checkpoint import CheckpointInfo, read_info, save_checkpoint
-from drafttrain.models.fingerprint import Fingerprint
+from drafttrain.models.fingerprint import Fingerprint, weights_hash
 from drafttrain.models.loading import Loaded, drafter_path, load_drafter
 from drafttrain.records import read_manifest, read_records
 from drafttrain.run_folder import RunFolder
@@ -79,7 +79,8 @@ def read_inputs(parsed: Parsed) -> Inputs:
         raise UserError(f"{run.traces} holds no drafted token of the split train to learn from; trace more responses.")
     name = _folder_name(recipe.head.folder)
     places = (run.path / name, run.path / f"{name}-training")
-    return Inputs(drafter, config, layout, train, tune, *places, _key(recipe, manifest, drafter))
+    start = start_head(recipe.head, config, parsed.accept_new_target)
+    return Inputs(drafter, config, layout, train, tune, *places, _key(recipe, manifest, drafter, start))
 
 
 def head_config(
@@ -271,9 +272,10 @@ def _folder_name(name: str) -> str:
     return name
 
 
-def _key(recipe: Recipe, manifest: dict[str, Any], drafter: Loaded) -> str:
+def _key(recipe: Recipe, manifest: dict[str, Any], drafter: Loaded, start: AcceptanceHead) -> str:
     settings = {
         "head": dataclasses.asdict(recipe.head),
+        "weights": weights_hash(start) if recipe.head.init_from else None,  # a path may hold other ones by now
         "seed": recipe.seed,
         "traces": manifest,
         "drafter": drafter.fingerprint.to_dict(),

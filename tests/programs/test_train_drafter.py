@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from drafttrain.models.checkpoint import read_info
+from drafttrain.models.checkpoint import CheckpointInfo, read_info, save_checkpoint
 from drafttrain.train_drafter import main
-from tests.conftest import build_tokenizer
+from tests.conftest import build_llama, build_tokenizer
 from tests.training.drafting import make_run, save_responses, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +109,17 @@ def test_a_drafter_can_be_continued(made, alone, tmp_path):
     run = Path(shutil.copytree(made / "run", tmp_path / "more"))
     main([*flags(made, run, max_steps=1, learning_rate=0), "--drafter.init_from", str(alone / "drafter")])
     assert_close(weights(run), weights(alone), atol=0)
+
+
+def test_other_weights_under_the_same_path_are_another_start(made, tmp_path, capsys):
+    run, start = Path(shutil.copytree(made / "run", tmp_path / "run")), tmp_path / "start"
+    tokenizer = build_tokenizer()
+    for seed in (1, 2, 2):
+        model = build_llama(len(tokenizer), layers=1, seed=seed)
+        save_checkpoint(start, model, tokenizer, CheckpointInfo("drafter"))
+        main([*flags(made, run, max_steps=1, learning_rate=0), "--drafter.init_from", str(start)])
+        assert torch.equal(weights(run)["lm_head.weight"], model.lm_head.weight)
+    assert capsys.readouterr().out.count("already trained") == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from drafttrain.errors import UserError
 from drafttrain.models.acceptance_head import AcceptanceHead, load_config
@@ -143,6 +143,10 @@ def test_a_head_can_be_continued(run, tmp_path):
     still = {**ARGUMENTS, "learning_rate": 0.0}
     train(run, init_from=tmp_path / "first", arguments=still)
     assert_close(weights(run), first)
+    other = {name: value + (name == "output.bias") for name, value in first.items()}
+    save_file(other, tmp_path / "first" / "model.safetensors")
+    train(run, init_from=tmp_path / "first", arguments=still)  # the same path holds another start
+    assert_close(weights(run), other)
     with pytest.raises(UserError, match="depth"):
         train(run, init_from=tmp_path / "first", arguments=still, depth=2)
 
