@@ -25,7 +25,7 @@ from drafttrain.evaluation.exactness import greedy_check, identity_check, sample
 from drafttrain.evaluation.examples import examples, sample_path, write_samples
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.measure import breakdown
-from drafttrain.evaluation.methods import check_length, family_of, kind_of, parameter_of
+from drafttrain.evaluation.methods import check_length, family_of, kind_of, longest_of, parameter_of
 from drafttrain.evaluation.names import sampling_name, sampling_of
 from drafttrain.evaluation.pair import Models, load_models
 from drafttrain.evaluation.questions import Limits, Question, different, prompts_hash, questions_of, to_sample
@@ -187,9 +187,10 @@ class Evaluation:
         few = different(tuning, CALIBRATION_QUESTIONS)
         costs = calibrate(self.models, sampling, few, config.batch_size, config.max_length, self.seed)
         accept = self.parsed.accept_new_target
-        traces = stored_traces(self.run, self.models, sampling, config.max_length, accept)
+        longest = max([config.max_length, *map(longest_of, self.methods)])
+        traces = stored_traces(self.run, self.models, sampling, longest, accept)
         if traces is None:
-            traces = made_traces(self.models, sampling, tuning, 8, config.max_length, self.seed, self.inputs.apart)
+            traces = made_traces(self.models, sampling, tuning, 8, longest, self.seed, self.inputs.apart)
         record = record_for_replay(self.models, traces, self.inputs.references)
         swept = settings(config, {name: head.config for name, head in self.models.heads.items()})
         known = {each.method for each in swept}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from drafttrain.config import EvaluateConfig
 from drafttrain.decoding.counts import Counts
 from drafttrain.decoding.expression import build, parse_method
-from drafttrain.evaluation.methods import ORACLE, family_of, head_of
+from drafttrain.evaluation.methods import ORACLE, USUAL, family_of, head_of
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.policies import OraclePolicy, policy_of
 from drafttrain.evaluation.replay import Tally, replay
@@ -42,19 +42,25 @@ def settings(config: EvaluateConfig, heads: Mapping[str, AcceptanceHeadConfig]) 
     """What is swept: K = 1 .. max_length, and every threshold of every adaptive rule.
 
     Confidence is swept in both forms, over the block and per token: a head has to beat the better one. A head's own
-    recommended threshold is among its thresholds, and its least length is kept.
+    recommended threshold is among its thresholds, and its least length is kept; its own setting is swept too, whatever
+    its greatest length.
     """
     longest = config.max_length
-    limit = "" if longest == 12 else f", max={longest}"
+    limit = _limits(1, longest)
     found = [Setting(f"Model(drafter, length={k})", "fixed", float(k)) for k in range(1, longest + 1)]
     for form in ("", ", per_token=True"):
         for h in sorted({*config.thresholds, *STRICT}):
             found.append(Setting(f"Model(drafter, stop=Confidence({h}{form}{limit}))", "confidence", h))
     for name, head in heads.items():
-        least = "" if head.min_length == 1 else f", min={min(head.min_length, longest)}"
-        for h in sorted({*config.thresholds, *STRICT, head.threshold}):
-            found.append(Setting(f"Model(drafter, stop=AcceptanceHead({name}, {h}{least}{limit}))", "head", h))
+        forms = [(h, min(head.min_length, longest), longest) for h in {*config.thresholds, *STRICT, head.threshold}]
+        for h, least, most in sorted({*forms, (head.threshold, head.min_length, head.max_length)}):
+            method = f"Model(drafter, stop=AcceptanceHead({name}, {h}{_limits(least, most)}))"
+            found.append(Setting(method, "head", h))
     return [Setting(str(parse_method(each.method)), each.kind, each.parameter) for each in found]
+
+
+def _limits(least: int, most: int) -> str:
+    return ("" if least == 1 else f", min={least}") + ("" if most == USUAL else f", max={most}")
 
 
 def sweep(
@@ -132,14 +138,12 @@ def weighted(by_task: Mapping[str, Counts], weights: Mapping[str, float]) -> Cou
 
 
 def pick(points: Sequence[SweepPoint], top: int) -> list[str]:
-    """The `top` settings of each kind, and of each head, that replay predicts to be fastest; marked as measured."""
+    """The `top` settings of each kind, and of each head, that replay predicts to be fastest."""
     runnable = [point for point in points if point.kind in RUN_KINDS]
     families = dict.fromkeys((RUN_KINDS.index(point.kind), family_of(point.method)) for point in runnable)
     picked = []
     for _, family in sorted(families):
         mine = [point for point in runnable if family_of(point.method) == family]
         best = sorted(mine, key=lambda point: -point.predicted_speedup)[:top]
-        for point in sorted(best, key=lambda point: point.parameter or 0.0):
-            point.measured = True
-            picked.append(point.method)
+        picked += [point.method for point in sorted(best, key=lambda point: point.parameter or 0.0)]
     return picked

@@ -13,6 +13,8 @@ from data_prep import responses, traces
 from drafttrain import train_drafter, train_head
 from drafttrain.config import parse
 from drafttrain.evaluation.statistics import Interval
+from drafttrain.evaluation.sweep import settings
+from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 from tests.evaluation import synthetic
 
 SECTIONS = {
@@ -93,6 +95,10 @@ def test_heads_differ_in_seed_and_folder_and_the_published_one_keeps_its_own_for
     assert published.target.path == ours.target.path and published.drafter.path == ours.drafter.path
     assert published.head.arguments["num_train_epochs"] == ours.head.arguments["num_train_epochs"]
     assert (published.head.w_rej, published.head.mixing) == (6.0, 0.15)
+    own = published.head
+    config = AcceptanceHeadConfig(8, min_length=own.min_length, max_length=own.max_length, threshold=own.threshold)
+    swept = settings(ours.evaluate, {adaptive_length.PUBLISHED: config})
+    assert adaptive_length.AS_IS in [each.method for each in swept]
 
 
 @pytest.mark.parametrize("task", speculation.TASKS)
@@ -121,6 +127,7 @@ def report():
         versus = {"fixed": Interval(gain, gain - 0.02, gain + 0.02), "confidence": Interval(1.02, 1.0, 1.04)}
         changes = {"method": best.method, "replayed_speedup": best.predicted_speedup, "versus": versus}
         made.methods.append(dataclasses.replace(row, **changes))
+    made.sweep.append(dataclasses.replace(old[0], method=adaptive_length.AS_IS, predicted_speedup=0.9))
     return made
 
 
@@ -132,6 +139,7 @@ def test_the_figures_of_adaptive_length_are_those_of_the_report(report):
     assert figures["speedup_oracle"] == max(p.predicted_speedup for p in report.sweep if p.kind == "oracle")
     assert figures["speedup_best_fixed"] == max(r.overall.speedup.value for r in report.of("greedy", "fixed"))
     assert figures["oracle_gap_closed"] > figures["published_gap_closed"]
+    assert figures["speedup_published_as_is"] == 0.9
     assert [row["head"] for row in rows] == ["head_0", "published"]
 
 

@@ -13,7 +13,7 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import parse_method
 from drafttrain.errors import UserError
 from drafttrain.evaluation.command import foreign_heads
-from drafttrain.evaluation.methods import ORACLE, check_length, family_of, head_of, kind_of, parameter_of
+from drafttrain.evaluation.methods import ORACLE, check_length, family_of, head_of, kind_of, longest_of, parameter_of
 from drafttrain.evaluation.names import sampling_name
 from drafttrain.evaluation.runner import Round, Timings
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs, SweepPoint
@@ -35,9 +35,10 @@ def test_every_length_and_threshold_is_swept_once_in_canonical_form():
     methods = [each.method for each in swept]
     assert methods[:3] == [f"Model(drafter, length={k})" for k in (1, 2, 3)]
     assert "Model(drafter, stop=AcceptanceHead(head, 0.35, max=3))" in methods  # its own threshold
+    assert "Model(drafter, stop=AcceptanceHead(head, 0.35, max=20))" in methods  # its own setting
     assert "Model(drafter, stop=AcceptanceHead(published, 0.5, min=2, max=3))" in methods
     assert "Model(drafter, stop=Confidence(0.2, per_token=True, max=3))" in methods
-    assert len(set(methods)) == len(methods) == 3 + 2 * (2 + 5) + (3 + 5) + (3 + 5)
+    assert len(set(methods)) == len(methods) == 3 + 2 * (2 + 5) + (3 + 5 + 1) + (3 + 5 + 1)
     assert all(str(parse_method(method)) == method for method in methods)
     assert all((each.kind, each.parameter) == (kind_of(each.method), parameter_of(each.method)) for each in swept)
 
@@ -73,7 +74,6 @@ def test_the_fastest_of_each_family_are_picked_in_order_of_their_parameter():
         "Model(drafter, stop=AcceptanceHead(head, 0.5))",
         "Model(drafter, stop=AcceptanceHead(other, 0.5))",
     ]
-    assert [p.measured for p in points] == [False, True, True, False, True, True, False]
 
 
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(0.1, 10))
@@ -177,6 +177,28 @@ def test_a_method_is_replayed_no_longer_than_its_drafter_drafts():
     cut, whole = "Model(drafter, length=2, stop=Confidence(0.9, max=6))", "Model(drafter, stop=Confidence(0.9, max=2))"
     first, second, _ = swept(6, {}, cut, whole)
     assert (first.tau, first.discard_rate) == (second.tau, second.discard_rate)
+
+
+def test_a_heads_own_setting_is_swept_once():
+    swept = settings(EvaluateConfig(thresholds=[0.7]), {"head": AcceptanceHeadConfig(8, max_length=12, threshold=0.7)})
+    assert [each.method for each in swept].count("Model(drafter, stop=AcceptanceHead(head, 0.7))") == 1
+    published = AcceptanceHeadConfig(8, min_length=2, max_length=20, threshold=0.7)
+    swept = settings(EvaluateConfig(thresholds=[0.5]), {"published": published})
+    assert "Model(drafter, stop=AcceptanceHead(published, 0.7, min=2, max=20))" in [each.method for each in swept]
+
+
+@pytest.mark.parametrize(
+    ("method", "longest"),
+    [
+        ("Model(drafter, length=5)", 5),
+        (HEAD, 12),
+        ("Model(drafter, length=9, stop=Confidence(0.4))", 9),
+        ("Model(drafter, stop=Entropy(1.5, max=20))", 20),
+        (AUTOREGRESSIVE, 0),
+    ],
+)
+def test_the_longest_draft_is_read_off_a_method(method, longest):
+    assert longest_of(method) == longest
 
 
 @pytest.mark.parametrize(

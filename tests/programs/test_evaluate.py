@@ -81,7 +81,7 @@ def test_the_report_holds_every_kind_under_every_setting(probe):
         kinds = [row.kind for row in report.methods if row.sampling == setting]
         assert kinds == ["autoregressive", "fixed", "head", "confidence"]
         swept = [point.kind for point in report.sweep if point.sampling == setting]
-        assert [swept.count(kind) for kind in ("fixed", "confidence", "head", "oracle")] == [4, 14, 8, 1]
+        assert [swept.count(kind) for kind in ("fixed", "confidence", "head", "oracle")] == [4, 14, 9, 1]
     assert report.workload.prompts == {"chat": 3, "all": 3}
     assert all(row.costs and row.predicted_speedup and row.replayed_speedup for row in report.of("greedy"))
     assert all(row.kv_bytes and row.breakdown for row in report.methods)
@@ -132,6 +132,14 @@ def test_the_last_lines_are_the_verdict_and_the_report(files, tmp_path, capsys):
     assert report.verdict.headline in lines[-8:]
     assert [row.method for row in report.methods] == [AUTOREGRESSIVE, "Model(drafter, length=2)"]
     assert report.workload.tuned_by == "the recipe (evaluate.methods)"
+
+
+def test_traces_are_made_as_far_as_a_given_method_drafts(files, tmp_path):
+    method = f"Model(drafter, stop=Confidence(1.0, max={2 * SMALL['max_length']}))"
+    greedy = ("--evaluate.samplings", '[{"temperature": 0}]', "--evaluate.methods", json.dumps([method]))
+    main(["evaluate", *flags(files, tmp_path / "run", *greedy)])
+    [point] = [point for point in read_report(tmp_path / "run").sweep if point.method == method]
+    assert point.measured and point.unobserved == 0
 
 
 def test_a_run_is_compared_with_itself(probe, capsys):
