@@ -208,7 +208,7 @@ class HeadConfig:
     """inputs beside the state: log_q of the token, entropy of q, step within the round, which token it is"""
     w_acc: float = at_least(0.0, 1.0)
     """weight of the loss on accepted tokens"""
-    w_rej: float = at_least(0.0, 6.0)
+    w_rej: float = at_least(0.0, 1.0)
     """weight of the loss on rejected tokens"""
     mixing: float = between(0.0, 1.0, 0.15)
     """data mixed: share r of the positions that keep the response's token, all others take the drafter's; drawn anew
@@ -295,12 +295,32 @@ class CorpusConfig:
 
 
 @dataclass
+class StageConfig:
+    """A stretch of pretraining with one mixture."""
+
+    steps: int = at_least(1, 1)
+    """optimizer steps, one block each"""
+    tokens: int = at_least(1, 4096)
+    """tokens of a block; it holds tokens // length rows, and one at least"""
+    lengths: dict[int, float] = field(default_factory=dict)
+    """row length -> share of the steps"""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """code, echo, a task or a kind -> share of the segments drawn"""
+    jumps: float = between(0.0, 1.0, 0.0)
+    """share of the rows whose positions jump ahead at one or two places, so that short rows also train the long
+    distances between positions (the anchor-offset idea, with several gaps)"""
+    choice_weight: float = at_least(0.0, 2.0)
+    """what a token of an answer weighs that copying on would not have told (others weigh 1): well above 1 while choosing
+    is being learnt; about 1 at last, or the model departs from a copy too early"""
+
+
+@dataclass
 class PretrainConfig:
     """Training of the reference target from scratch."""
 
     model: dict[str, Any] = field(default_factory=dict)
     """keys of transformers.LlamaConfig"""
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[StageConfig] = field(default_factory=list)
     """stages of the stream: steps, tokens, lengths, mixture, jumps, choice_weight (training/pretrain_data.py)"""
     learning_rate: float = at_least(0.0, 0.004)
     """peak learning rate (Muon scaled to AdamW's update size)"""
