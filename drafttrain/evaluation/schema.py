@@ -257,7 +257,7 @@ Decision = Literal["deploy", "no gain", "not proven", "not exact"]
 
 @dataclass
 class SettingVerdict:
-    """The verdict on one decoding setting: its fastest method and what that one beats."""
+    """The verdict on one decoding setting: the method that replay chose and what it gains."""
 
     sampling: str
     decision: Decision

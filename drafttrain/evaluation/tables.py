@@ -188,8 +188,7 @@ def method_notes(report: Report) -> list[str]:
     return [
         _models(report),
         _work(report),
-        f"Settings were chosen by {report.workload.tuned_by}. The verdict names the fastest of those that were run, on "
-        "the prompts that they were run on, which flatters it a little where they are close.",
+        f"Settings were chosen by {report.workload.tuned_by}; the verdict is on the one predicted to be best.",
         "Speed-up is the ratio of decoding rates (tokens over seconds, both summed; prefill left out). Its interval is "
         "a bootstrap over conversations, paired with the baseline, with tasks as strata.",
         "tau counts the bonus token. Discard rate: discarded drafted tokens per emitted token. Verification rate: "

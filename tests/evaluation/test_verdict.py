@@ -134,6 +134,21 @@ def test_the_adaptive_rule_that_replay_chose_is_judged_not_the_luckiest():
     assert "+4 % [+2, +6] over the best fixed" in line and "+1 % [-3, +5] against the best confidence" in line
 
 
+def test_the_verdict_is_on_the_method_that_replay_chose_or_without_replay_on_the_fastest():
+    report, _ = synthetic.report(samplings=("greedy",))
+    chosen, lucky = report.of("greedy")[:2]
+    for row in report.methods:
+        row.replayed_speedup = 1.5
+    chosen.replayed_speedup, chosen.overall.speedup = 1.6, Interval(1.2, 1.0, 1.4)
+    lucky.overall.speedup = Interval(9.0, 8.9, 9.1)
+    [verdict] = decide(report.methods, [], [], 1.05).settings
+    assert (verdict.method, verdict.decision) == (chosen.method, "not proven")
+    for row in report.methods:
+        row.replayed_speedup = None
+    [verdict] = decide(report.methods, [], [], 1.05).settings
+    assert (verdict.method, verdict.decision) == (lucky.method, "deploy")
+
+
 def test_the_way_to_perfect_stopping_is_told_by_replay():
     report, _ = synthetic.report(samplings=("greedy",))
     [line] = [line for line in report.verdict.details if "perfect stopping" in line]
