@@ -22,7 +22,7 @@ from drafttrain.errors import UserError
 from drafttrain.evaluation import figures
 from drafttrain.evaluation.environment import describe, load, peak_bytes, streamed_bytes
 from drafttrain.evaluation.exactness import greedy_check, identity_check, sampled_check
-from drafttrain.evaluation.examples import examples, sample_path, write_samples
+from drafttrain.evaluation.examples import examples, sample_path
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.measure import breakdown
 from drafttrain.evaluation.methods import check_length, family_of, kind_of, longest_of, parameter_of
@@ -79,7 +79,7 @@ def evaluate(parsed: Parsed) -> None:
     run.record(parsed, "drafttrain evaluate")
     evaluation = Evaluation(parsed, load_models(parsed), run)
     report = evaluation.report()
-    page = write(report, run)
+    page = write(report, evaluation.samples, run)
     say("")
     for line in verdict_lines(report.verdict):
         say(line)
@@ -109,7 +109,10 @@ class Evaluation:
     Args:
         parsed: the recipe.
         models: of the pair.
-        run: where samples go.
+        run: where traces and metrics of the training are.
+
+    Attributes:
+        samples: answers by the path that the report will name.
     """
 
     def __init__(self, parsed: Parsed, models: Models, run: RunFolder) -> None:
@@ -124,6 +127,7 @@ class Evaluation:
         self.methods = [models.canonical(method) for method in self.config.methods or []]
         for method in self.methods:
             check_length(method)
+        self.samples: dict[str, list[Sample]] = {}
         self.notes: list[str] = []
 
     def report(self) -> Report:
@@ -216,7 +220,7 @@ class Evaluation:
                 to_sample(question, completions, method, measured.name, models.tokenizer)
                 for question, completions in zip(measured.questions, found[method], strict=True)
             ]
-            write_samples(self.run.path, measured.samples[method], sample_path(measured.name, method))
+            self.samples[sample_path(measured.name, method)] = measured.samples[method]
         groups = batches(measured.questions, config.batch_size)
         spread = groups[:: max(1, len(groups) // SPEED_CHECK_QUESTIONS)][:SPEED_CHECK_QUESTIONS]
         measured.timings = instrument_all(decoders, spread, models.engines())

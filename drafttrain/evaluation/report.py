@@ -5,11 +5,13 @@ The verdict stands first in all of them. Nothing is computed here: what a table 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from drafttrain.evaluation import plots
+from drafttrain.evaluation.examples import write_samples
 from drafttrain.evaluation.html import render_html
-from drafttrain.evaluation.schema import Report, to_json
+from drafttrain.evaluation.schema import Report, Sample, to_json
 from drafttrain.evaluation.tables import (
     COST_COLUMNS,
     EXACT_COLUMNS,
@@ -35,17 +37,27 @@ PLOT_TITLES = {
 }
 
 
-def write(report: Report, run: RunFolder) -> Path:
-    """Draw the plots and write the three files, each whole or not at all.
+def write(report: Report, samples: Mapping[str, Iterable[Sample]], run: RunFolder) -> Path:
+    """Draw the plots and write answers and report, each file whole or not at all, report.json last.
+
+    An old report.json goes first: it never stands beside answers that are not its own.
+
+    Args:
+        report: what was found.
+        samples: answers by the path that the report names.
+        run: where everything goes.
 
     Returns:
         Path of report.html.
     """
     run.create()
+    (run.report / "report.json").unlink(missing_ok=True)
+    for path, answers in samples.items():
+        write_samples(run.report, answers, path)
     report.plots = plots.draw_all(report, run.plots)
-    write_atomically(run.report / "report.json", to_json(report) + "\n")
     write_atomically(run.report / "report.md", markdown(report))
     write_atomically(run.report / "report.html", render_html(report, run.report, PLOT_TITLES))
+    write_atomically(run.report / "report.json", to_json(report) + "\n")
     return run.report / "report.html"
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from drafttrain.evaluation import plots, report, tables
-from drafttrain.evaluation.schema import read_report
+from drafttrain.evaluation.schema import read_report, read_samples
 from drafttrain.evaluation.verdict import verdict_lines
 from drafttrain.run_folder import RunFolder
 from tests.evaluation import synthetic
@@ -16,9 +16,13 @@ from tests.evaluation import synthetic
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     run = RunFolder(tmp_path_factory.mktemp("run"))
-    made, _ = synthetic.report()
-    assert report.write(made, run) == run.path / "report.html"
+    made, answers = synthetic.report()
+    assert report.write(made, by_path(made, answers), run) == run.path / "report.html"
     return made, run
+
+
+def by_path(made, answers):
+    return {row.samples: answers[row.sampling, row.method] for row in made.methods}
 
 
 def test_markdown_opens_with_the_verdict(written):
@@ -52,6 +56,24 @@ def test_json_reads_back_with_its_plots(written):
     made, run = written
     assert read_report(run.path) == made
     assert all((run.path / path).stat().st_size > 5000 for path in made.plots.values())
+
+
+def test_answers_are_found_where_the_report_says(written):
+    made, run = written
+    assert all(len(read_samples(run.path / row.samples)) == 32 for row in made.methods)
+
+
+def test_an_old_report_never_stands_beside_new_answers(tmp_path, monkeypatch):
+    run, (made, answers) = RunFolder(tmp_path), synthetic.report(samplings=("greedy",))
+    report.write(made, by_path(made, answers), run)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.plots, "draw_all", killed)
+    with pytest.raises(KeyboardInterrupt):
+        report.write(made, by_path(made, answers), run)
+    assert not (run.path / "report.json").exists()
 
 
 def test_every_method_stands_in_every_table(written):
