@@ -186,7 +186,7 @@ def _decoder(recipe: Recipe, facts: "TargetFacts", loaded: "Loaded") -> "Decode"
     from drafttrain.ops.sampling import Sampling
 
     entries = 1 + max(facts.tokenizer.get_vocab().values())
-    engine = Engine(loaded.model, vocabulary=min(entries, vocabulary_size(loaded.model)))
+    engine = Engine(loaded.model, vocabulary=min(entries, vocabulary_size(loaded.model))).checked()
     sampling = Sampling(**dataclasses.asdict(recipe.responses.sampling))
     decoding = Decoder(engine, None, sampling, facts.ends, recipe.seed)
 

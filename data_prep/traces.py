@@ -241,7 +241,7 @@ def make_tracer(recipe: Recipe, pair: TracedPair) -> "Tracer":
     )
     entries = 1 + max(pair.target.tokenizer.get_vocab().values())
     models = [pair.target.model, pair.drafter.model]
-    engines = [Engine(model, min(entries, vocabulary_size(model))) for model in models]  # as when decoding
+    engines = [Engine(model, min(entries, vocabulary_size(model))).checked() for model in models]  # as when decoding
     return Tracer(*engines, settings, pair.heads)
 
 

@@ -8,7 +8,7 @@ drafter at once. The output head runs only where logits are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drafttrain.errors import UserError
+from drafttrain.models.logits import LogitShape
 from drafttrain.ops.attention import attending, layer_windows, prepare_mask
 from drafttrain.ops.cache import DenseCache
 
@@ -48,22 +49,58 @@ class Engine:
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, chunk: int = 1024) -> None:
-        config = model.config
+        config = model.config.get_text_config()
         self.model = model
         self.config = config
         self.chunk = chunk
         self.windows = layer_windows(config)
         self.layers: int = config.num_hidden_layers
-        self.groups: int = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
+        heads: int = config.num_attention_heads
+        self.groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
         self.softcap = getattr(config, "attn_logit_softcapping", None) is not None
         self._embedding = model.get_input_embeddings()
         self.entries: int = self._embedding.weight.shape[0]
-        rows = model.get_output_embeddings().weight.shape[0]
+        self._head = model.get_output_embeddings()
+        self._shape = LogitShape.of(config)
+        rows = self._head.weight.shape[0]
         self.vocabulary = rows if vocabulary is None else vocabulary
         if not 0 < self.vocabulary <= rows:
             raise UserError(f"a vocabulary of {self.vocabulary} tokens does not fit a model with {rows} output rows")
         self._body = model.get_decoder()
-        self._head = _output_head(model)
+
+    @torch.inference_mode()
+    def checked(self) -> Engine:
+        """This engine, once it has read a few tokens in two steps as the model reads them in one.
+
+        Families differ in ways that no configuration tells: other attention, other positions, other logits.
+
+        Raises:
+            UserError: it fails at that or gives other logits.
+        """
+        name = type(self.model).__name__
+        tokens_1Q = torch.arange(8, device=self.device).unsqueeze(0) % self.entries
+        cache = self.new_cache(1)
+        try:
+            with attending(self.config, "eager"):  # others may lack what a family needs, like capped scores
+                own_QV = self.model(input_ids=tokens_1Q, use_cache=False).logits[0, 4:, : self.vocabulary]
+            self.forward(cache, tokens_1Q[:, :4], keep=None)
+            logits_QV = self.forward(cache, tokens_1Q[:, 4:]).logits[0]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"{name} cannot be read by the bundled decoder ({reason}); take another family.") from error
+        own_QV = own_QV.to(logits_QV.device).double()
+        apart = (logits_QV.double() - own_QV).norm()
+        spread = (own_QV - own_QV.mean(1, keepdim=True)).norm()
+        rounding = torch.bfloat16 if getattr(self.model, "is_quantized", False) else self.dtype
+        eps = max(torch.finfo(kind).eps for kind in (rounding, torch.float32))  # eager takes softmax in float32
+        if not apart <= 4 * eps**0.5 * spread:
+            raise UserError(
+                f"{name} gives other logits in the bundled decoder than by itself ({apart / spread:.2g} of their "
+                "spread apart); take another family."
+            )
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +162,7 @@ class Engine:
 
     def logits(self, hidden_BKH: Tensor) -> Tensor:
         """The output head over hidden states: [B, K, V] without padding rows."""
-        logits_BKV = self._head(hidden_BKH)
+        logits_BKV = self._shape.apply(self._head(hidden_BKH))
         return logits_BKV if logits_BKV.shape[-1] == self.vocabulary else logits_BKV[..., : self.vocabulary]
 
     def read(self, cache: DenseCache, rows: Sequence[Sequence[int]]) -> None:
@@ -155,19 +192,3 @@ def _last_real(hidden_BQH: Tensor, counts: Sequence[int] | None) -> Tensor:
         return hidden_BQH[:, -1:]
     index_B = torch.tensor([max(count - 1, 0) for count in counts], device=hidden_BQH.device)
     return hidden_BQH[torch.arange(len(counts), device=hidden_BQH.device), index_B].unsqueeze(1)
-
-
-def _output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The output embedding, and what some families do to logits behind it: Gemma caps, Cohere and Granite scale."""
-    head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    scale = getattr(model.config, "logit_scale", None) or 1.0
-    scale /= getattr(model.config, "logits_scaling", None) or 1.0
-    if cap is None and scale == 1.0:
-        return head
-
-    def capped(hidden: Tensor) -> Tensor:
-        logits = head(hidden) * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    return capped

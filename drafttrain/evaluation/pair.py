@@ -86,7 +86,7 @@ class Models:
             models = [loaded.model for loaded in (self.target, self.drafter)]
             if dtype != self.dtype:
                 models = [_in_dtype(model, dtype, self.device) for model in models]
-            self._engines[dtype] = tuple(Engine(model, self._known(model)) for model in models)
+            self._engines[dtype] = tuple(Engine(model, self._known(model)).checked() for model in models)
         return self._engines[dtype]
 
     def _known(self, model: Any) -> int:
@@ -181,10 +181,10 @@ def _check_made_for(path: str, target: Loaded, accept_new_target: bool) -> None:
 
 def _in_dtype(model: Any, dtype: str, device: torch.device) -> Any:
     if getattr(model, "is_quantized", False):
-        raise UserError(f"a quantized target cannot be run in {dtype}; leave that check out.")
+        raise UserError(f"a quantized target cannot be run in {dtype}.")
     needed = _parameters(model) * DTYPES[dtype].itemsize
     if needed > 0.8 * free_bytes(device):
-        raise UserError(f"a copy in {dtype} needs {needed / 2**30:.1f} GiB, more than is free; leave that check out.")
+        raise UserError(f"a copy in {dtype} needs {needed / 2**30:.1f} GiB, more than is free.")
     return copy.deepcopy(model).to(DTYPES[dtype])
 
 

@@ -33,14 +33,14 @@ _CAUSAL_SHAPE = (1, 1, 2, 0)
 
 
 @contextmanager
-def attending(config: PreTrainedConfig) -> Iterator[None]:
-    """Have a model use this attention inside the block, and its own again afterwards: others hold the same model.
+def attending(config: PreTrainedConfig, name: str = NAME) -> Iterator[None]:
+    """Have a model use an attention inside the block, and its own again afterwards: others hold the same model.
 
     The configuration's setter costs 0.1 ms (it validates every field), more than the loop around a forward, so the
     field behind it is set.
     """
     usual = config._attn_implementation
-    object.__setattr__(config, "_attn_implementation_internal", NAME)
+    object.__setattr__(config, "_attn_implementation_internal", name)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+import transformers as hf
 
 from drafttrain.decoding.engine import Engine, pad
 from drafttrain.errors import UserError
@@ -80,6 +80,54 @@ def test_decoding_puts_a_model_in_evaluation_mode(model):
 
 
 def test_layers_that_cannot_be_rolled_back_are_refused():
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=2))
+    mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=2))
     with pytest.raises(UserError, match="mamba"):
         Engine(mamba)
+
+
+def test_the_text_part_of_a_model_with_pictures_is_read():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+    config = hf.Gemma3Config(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 16})
+    Engine(hf.Gemma3ForConditionalGeneration(config)).checked()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_model_that_is_read_as_it_reads_itself_passes(dtype):
+    engine = Engine(build_llama(40, initializer_range=0.3).to(dtype), vocabulary=30)
+    assert engine.checked() is engine
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: hf.FalconForCausalLM(hf.FalconConfig(**SMALL)),
+        lambda: hf.BloomForCausalLM(hf.BloomConfig(**SMALL)),
+        lambda: hf.GPTNeoForCausalLM(
+            hf.GPTNeoConfig(vocab_size=64, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["local"], 1]])
+        ),
+        lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)),
+    ],
+    ids=["falcon", "bloom", "gpt-neo", "gpt-oss"],
+)
+def test_a_family_that_the_decoder_cannot_read_is_refused_in_a_sentence(model):
+    with pytest.raises(UserError, match="cannot be read by the bundled decoder"):
+        Engine(model()).checked()
+
+
+def test_a_model_whose_logits_are_not_understood_is_refused():
+    """HyperCLOVA X multiplies by the setting that Granite divides by."""
+    scaled = build_llama(40)
+    plain = scaled.forward
+
+    def forward(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = out.logits * 1.1
+        return out
+
+    scaled.forward = forward
+    with pytest.raises(UserError, match="other logits"):
+        Engine(scaled).checked()

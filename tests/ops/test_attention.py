@@ -48,13 +48,16 @@ FAMILIES = {
     ),
     "granite": (hf.GraniteForCausalLM, hf.GraniteConfig, {"logits_scaling": 4.0}),
     "cohere": (hf.CohereForCausalLM, hf.CohereConfig, {"logit_scale": 0.25}),
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, {"num_key_value_heads": ...}),
+    "gpt-neox": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, {"num_key_value_heads": ...}),
 }
 
 
 def build(name: str) -> torch.nn.Module:
     model_class, config_class, extra = FAMILIES[name]
     torch.manual_seed(0)
-    model = model_class(config_class(**BASE | extra)).eval()
+    settings = {name: value for name, value in (BASE | extra).items() if value is not ...}  # ... is no such setting
+    model = model_class(config_class(**settings)).eval()
     model.set_attn_implementation("eager")
     return model
 

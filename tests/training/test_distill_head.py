@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from drafttrain.errors import UserError
+from drafttrain.models.logits import LogitShape
 from drafttrain.training.distill_head import (
     DistillHead,
     Lesson,
-    LogitShape,
     OutputHead,
     attach,
     check_head,
