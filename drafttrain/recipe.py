@@ -310,8 +310,8 @@ class StageConfig:
     """share of the rows whose positions jump ahead at one or two places, so that short rows also train the long
     distances between positions (the anchor-offset idea, with several gaps)"""
     choice_weight: float = at_least(0.0, 2.0)
-    """what a token of an answer weighs that copying on would not have told (others weigh 1): well above 1 while choosing
-    is being learnt; about 1 at last, or the model departs from a copy too early"""
+    """what a token of an answer weighs that copying on would not have told (others weigh 1): well above 1 while
+    choosing is being learnt; about 1 at last, or the model departs from a copy too early"""
 
 
 @dataclass

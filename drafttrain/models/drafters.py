@@ -145,10 +145,15 @@ def _random(config: PretrainedConfig, dtype: str, seed: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
 
 
-def new_config(target: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+def new_config(target: PretrainedConfig, changes: dict[str, Any], section: str = "drafter.config") -> PretrainedConfig:
     """Configuration of a new drafter: the target's (vocabulary, positions, family) with the recipe's changes.
 
     With another `model_type` only what every family has is taken over: vocabulary, special tokens, context length.
+
+    Args:
+        target: what is changed.
+        changes: by the recipe.
+        section: where it says so, for messages.
 
     Raises:
         UserError: unknown family or key, or values that do not go together.
@@ -161,21 +166,22 @@ def new_config(target: PretrainedConfig, changes: dict[str, Any]) -> PretrainedC
     try:
         known = AutoConfig.for_model(family).to_dict()
     except (ValueError, KeyError):
-        raise UserError(f"drafter.config.model_type is {family}; transformers knows no such family.") from None
+        raise UserError(f"{section}.model_type is {family}; transformers knows no such family.") from None
     if family != values["model_type"]:
         shared = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
         values = {name: values[name] for name in shared if name in values}
     for name in changes:
         if name not in known and name not in values:
             guess = nearest(name, list(known))
-            raise UserError(f"drafter.config: {family} has no setting {name}; did you mean {guess}?")
+            hint = f"; did you mean {guess}?" if guess else "."
+            raise UserError(f"{section}: {family} has no setting {name}{hint}")
     values = {**_resized(values, changes), **changes}
     values.pop("model_type", None)
     try:
         config = AutoConfig.for_model(family, **values)
         without_storage(config)
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError, KeyError, RuntimeError) as error:
-        raise UserError(f"drafter.config makes no model: {' '.join(str(error).split()).rstrip('.')}.") from error
+        raise UserError(f"{section} makes no model: {' '.join(str(error).split()).rstrip('.')}.") from error
     return config
 
 

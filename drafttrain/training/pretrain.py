@@ -28,14 +28,15 @@ from drafttrain.errors import UserError
 from drafttrain.evaluation.answers import answer_examples, code_loss, held_out_examples
 from drafttrain.evaluation.tasks import KINDS, TASKS
 from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
+from drafttrain.models.drafters import new_config
 from drafttrain.models.fingerprint import tokenizer_hash
 from drafttrain.models.loading import load_causal_lm, load_tokenizer
 from drafttrain.ops import causal_attention
-from drafttrain.recipe import PretrainConfig
+from drafttrain.recipe import PretrainConfig, StageConfig
 from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import on_one_device
 from drafttrain.training.muon import MuonAdamW
-from drafttrain.training.pretrain_data import CODE, DRILLS, Blocks, Stage
+from drafttrain.training.pretrain_data import CODE, DRILLS, Blocks
 from drafttrain.training.work_folder import last_checkpoint
 
 PROBES = {"recall/multi_key/prose": 24, "recall/multi_value/distractors": 12, "revise/replace": 6}
@@ -110,14 +111,9 @@ class Probe(TrainerCallback):
 def new_model(settings: dict, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A Llama from nothing; what each block adds to the residual stream starts at zero."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **settings,
-    )
-    model = LlamaForCausalLM(config)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    changes = {"vocab_size": len(tokenizer), **ids, **settings}
+    model = LlamaForCausalLM(new_config(LlamaConfig(), changes, "pretrain.model"))
     for layer in model.model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -132,16 +128,17 @@ def pretrain(parsed: Parsed) -> None:
     """
     folder = RunFolder(parsed.run)
     settings = parsed.recipe.pretrain
-    stages = _stages(settings.stages)
+    check_stages(settings.stages)
+    new_config(LlamaConfig(), settings.model, "pretrain.model")
     if not (folder.path / "corpus" / "train.npy").is_file():
         raise UserError(f"{folder.path} holds no corpus; run data_prep/corpus.py with the same --run first.")
     if parsed.plan:
-        steps = sum(stage.steps for stage in stages)
-        tokens = sum(stage.steps * stage.tokens for stage in stages)
+        steps = sum(stage.steps for stage in settings.stages)
+        tokens = sum(stage.steps * stage.tokens for stage in settings.stages)
         print(f"would train {steps} steps, {tokens / 1e6:.1f}M tokens, into {folder.path}")
         return
     folder.record(parsed, "drafttrain pretrain")
-    model, tokenizer = train(folder.path, settings, stages)
+    model, tokenizer = train(folder.path, settings)
     info = CheckpointInfo(
         kind="target",
         recipe=parsed.resolved,
@@ -153,23 +150,26 @@ def pretrain(parsed: Parsed) -> None:
     print(f"the target is in {folder.path / 'target'}")
 
 
-def _stages(settings: list[dict]) -> list[Stage]:
-    try:
-        stages = [Stage(**stage) for stage in settings]
-    except TypeError as error:
-        raise UserError(f"pretrain.stages: {error}; a stage has steps, tokens, lengths and mixture.") from None
+def check_stages(stages: list[StageConfig]) -> None:
+    """Refuse stages that cannot be.
+
+    Raises:
+        UserError: there is none, one without lengths or mixture, or an unknown task.
+    """
     if not stages:
         raise UserError("pretrain.stages is empty; recipes/reference/target.yaml shows the stages of the reference.")
     known = {CODE, *DRILLS, *KINDS, *TASKS}
     for stage in stages:
+        for name, shares in (("lengths", stage.lengths), ("mixture", stage.mixture)):
+            if not any(share > 0 for share in shares.values()) or min(shares.values()) < 0:
+                raise UserError(f"pretrain.stages: {name} is {shares}, but it needs shares above 0.")
         if unknown := set(stage.mixture) - known:
             raise UserError(
                 f"pretrain.stages: no task is called {sorted(unknown)[0]}; known: {', '.join(sorted(known))}."
             )
-    return stages
 
 
-def train(run: Path, settings: PretrainConfig, stages: list[Stage]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train(run: Path, settings: PretrainConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train, or go on training, the model of a run folder that holds `corpus/`; returns it with its final weights.
 
     Raises:
@@ -181,9 +181,8 @@ def train(run: Path, settings: PretrainConfig, stages: list[Stage]) -> tuple[Lla
     if settings.init_from:
         _take_weights(model, tokenizer, settings.init_from)
     _compile(model)
-    blocks = Blocks(
-        stages, np.load(run / "corpus" / "train.npy"), tokenizer, model.config.max_position_embeddings, settings.seed
-    )
+    corpus = np.load(run / "corpus" / "train.npy")
+    blocks = Blocks(settings.stages, corpus, tokenizer, model.config.max_position_embeddings, settings.seed)
     optimizer = MuonAdamW(model, settings.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_stable_decay(step, settings.warmup_steps, settings.decay_steps, len(blocks))

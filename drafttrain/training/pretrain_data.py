@@ -1,8 +1,9 @@
 """The stream the reference target is trained on: library code and procedural tasks, packed into blocks.
 
 A block is a pure function of (settings, number), so a run that is killed goes on with the very next block, and a run
-with other processes reads the same stream. Only answers and code carry full loss weight: the filler of a document is
-random by construction, and learning to predict it would buy nothing.
+with other processes reads the same stream. Answers carry full loss weight, their choices more, code less (`Blocks`)
+and prompts next to none: the filler of a document is random by construction, and learning to predict it would buy
+nothing.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from drafttrain.evaluation.tasks import KINDS, Example, Turn, generate, kinds
 from drafttrain.evaluation.tasks.recall import question, statement
 from drafttrain.evaluation.tasks.revise import instruction
 from drafttrain.evaluation.tasks.words import ADJECTIVES, NOUNS
+from drafttrain.recipe import StageConfig
 
 CODE = "code"
 ECHO = "echo"
@@ -39,34 +41,11 @@ LONG = 4096
 """Rows from this length on are there for their long documents."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of training with one mixture.
-
-    Args:
-        steps: optimizer steps, one block each.
-        tokens: tokens of a block; a block holds tokens // length rows.
-        lengths: row length -> share of the steps.
-        mixture: `code`, `echo`, a task or a kind -> share of the segments drawn.
-        jumps: share of the rows whose positions jump ahead at one or two places, so that short rows also train the
-            long distances between positions (the anchor-offset idea, with several gaps).
-        choice_weight: what a token of an answer weighs that copying on would not have told (others weigh 1). Well above
-            1 while choosing is being learnt; about 1 at last, or the model departs from a copy too early.
-    """
-
-    steps: int
-    tokens: int
-    lengths: dict[int, float]
-    mixture: dict[str, float]
-    jumps: float = 0.0
-    choice_weight: float = 2.0
-
-
 @dataclass
 class Blocks(Dataset):
     """Block i of the stream: `input_ids`, `weights` and `position_ids`, each [rows, length]."""
 
-    stages: list[Stage]
+    stages: list[StageConfig]
     corpus: np.ndarray
     tokenizer: PreTrainedTokenizerFast
     max_position: int
@@ -82,7 +61,7 @@ class Blocks(Dataset):
     def __len__(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def stage_of(self, number: int) -> Stage:
+    def stage_of(self, number: int) -> StageConfig:
         """The stage that block `number` belongs to."""
         for stage in self.stages:
             if number < stage.steps:
@@ -97,7 +76,7 @@ class Blocks(Dataset):
         rows = [self._row(stage, length, draw) for _ in range(max(1, stage.tokens // length))]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _row(self, stage: Stage, length: int, draw: random.Random) -> dict[str, Tensor]:
+    def _row(self, stage: StageConfig, length: int, draw: random.Random) -> dict[str, Tensor]:
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) < length:
@@ -110,7 +89,7 @@ class Blocks(Dataset):
             "position_ids": _positions(length, stage.jumps, self.max_position, draw),
         }
 
-    def _segment(self, stage: Stage, room: int, length: int, draw: random.Random) -> Iterator[tuple[int, float]]:
+    def _segment(self, stage: StageConfig, room: int, length: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         name = draw.choices(list(stage.mixture), weights=list(stage.mixture.values()))[0]
         if name in DRILLS:
             return getattr(self, f"_{name}")(stage, room, draw)
@@ -122,7 +101,7 @@ class Blocks(Dataset):
                 return self._chat(generate(kind, draw.randrange(10**9), size, self._count, questions), stage)
         return self._code(min(room, max(size, 64)), draw)
 
-    def _chat(self, example: Example, stage: Stage) -> Iterator[tuple[int, float]]:
+    def _chat(self, example: Example, stage: StageConfig) -> Iterator[tuple[int, float]]:
         tokenizer = self.tokenizer
         user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
         yield tokenizer.bos_token_id, 0.0
@@ -139,7 +118,7 @@ class Blocks(Dataset):
                 yield token, stage.choice_weight if place in chosen else 1.0
             context = context + answer
 
-    def _echo(self, _stage: Stage, _room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
+    def _echo(self, _stage: StageConfig, _room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         length = draw.randint(4, 96)
         # with few different tokens the last one does not say where in the stretch one is: the ones before it must
         different = int(math.exp(draw.uniform(math.log(4), math.log(4 * length))))
@@ -150,7 +129,7 @@ class Blocks(Dataset):
             for place, token in enumerate(stretch):
                 yield token, float(time > 0 and place > 0)
 
-    def _changes(self, stage: Stage, _room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
+    def _changes(self, stage: StageConfig, _room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         old, new, *words = draw.sample(NOUNS, draw.randint(6, 40))
         change = draw.choice(("replace", "replace", "append", "prepend"))
         lines = [f"- {' '.join(draw.choices(words, k=draw.randint(1, 4)))}" for _ in range(draw.randint(2, 8))]
@@ -163,7 +142,7 @@ class Blocks(Dataset):
         asked = f"{instruction(change, 'line', before, after)}\n\n{passage}"
         return self._chat(Example("revise", "revise/changes", 0, (Turn(asked, answer),)), stage)
 
-    def _crowd(self, stage: Stage, room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
+    def _crowd(self, stage: StageConfig, room: int, draw: random.Random) -> Iterator[tuple[int, float]]:
         number = draw.randint(4, max(4, min(80, room // 20)))
         side = math.isqrt(2 * number) + 2
         words = itertools.product(draw.sample(ADJECTIVES, side), draw.sample(NOUNS, side))

@@ -1,6 +1,7 @@
 """Training from nothing: the schedule, the optimizer and a run that is cut short."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,22 @@ import torch
 
 from drafttrain.config import parse
 from drafttrain.errors import UserError
-from drafttrain.recipe import PretrainConfig
+from drafttrain.recipe import PretrainConfig, StageConfig
 from drafttrain.training.muon import MuonAdamW
-from drafttrain.training.pretrain import _note_settings, _stages, _take_weights, pretrain, train, warmup_stable_decay
+from drafttrain.training.pretrain import (
+    _note_settings,
+    _take_weights,
+    check_stages,
+    pretrain,
+    train,
+    warmup_stable_decay,
+)
 from tests.conftest import build_llama, build_tokenizer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "reference" / "target.yaml"
 SETTINGS = PretrainConfig(
     model={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-    stages=[{"steps": 6, "tokens": 256, "lengths": {256: 1.0}, "mixture": {"code": 1.0}}],
+    stages=[StageConfig(steps=6, tokens=256, lengths={256: 1.0}, mixture={"code": 1.0})],
     warmup_steps=2,
     decay_steps=2,
     save_every=3,
@@ -53,11 +61,28 @@ def test_muon_takes_the_inner_matrices_only(tiny_target):
 
 
 def test_an_unknown_task_in_a_stage_is_one_sentence():
-    stage = {"steps": 1, "tokens": 64, "lengths": {64: 1.0}, "mixture": {"recal": 1.0}}
     with pytest.raises(UserError, match="no task is called recal"):
-        _stages([stage])
-    with pytest.raises(UserError, match="unexpected keyword"):
-        _stages([{**stage, "lenghts": {}}])
+        check_stages([StageConfig(lengths={64: 1.0}, mixture={"recal": 1.0})])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ("stages: [{steps: x}]", "pretrain.stages"),
+        ("stages: [{lenghts: {64: 1}}]", "did you mean pretrain.stages.lengths"),
+        ("stages: [{steps: 0}]", "pretrain.stages.steps must be at least 1"),
+        ("stages: [{mixture: {code: 1}}]", "lengths is {}, but it needs shares above 0"),
+        ("stages: [{lengths: {64: 1}, mixture: {code: 0}}]", "mixture is {'code': 0"),
+        ("model: {hiden_size: 3}", "pretrain.model: llama has no setting hiden_size; did you mean hidden_size"),
+        ("model: {hidden_size: wide}", "pretrain.model makes no model"),
+    ],
+)
+def test_settings_that_make_no_training_are_one_sentence(tmp_path, settings, sentence):
+    stages = "" if settings.startswith("stages") else ", stages: [{lengths: {64: 1}, mixture: {code: 1}}]"
+    (tmp_path / "bad.yaml").write_text(f"pretrain: {{{settings}{stages}}}")
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        pretrain(parse("", ("pretrain",), ["--config", str(tmp_path / "bad.yaml"), "--run", str(tmp_path), "--plan"]))
+    assert "\n" not in str(error.value)
 
 
 def test_the_plan_fails_on_what_the_run_would_fail_on(tmp_path):
@@ -72,7 +97,7 @@ def test_a_loss_that_is_no_number_ends_in_a_sentence(tmp_path, tiny_tokenizer, m
     )
     save_corpus(tmp_path, tiny_tokenizer)
     with pytest.raises(UserError, match=r"the loss is nan at step 0; lower pretrain\.learning_rate"):
-        train(tmp_path, SETTINGS, _stages(SETTINGS.stages))
+        train(tmp_path, SETTINGS)
 
 
 def test_weights_to_start_from_are_taken_only_where_they_belong(tmp_path, tiny_target, tiny_tokenizer):
@@ -106,16 +131,16 @@ def test_going_on_with_other_settings_is_said(tmp_path, capsys):
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("drafttrain.training.pretrain._compile", lambda model: None)
     monkeypatch.setattr("drafttrain.training.pretrain.PROBES", {})
-    finals, stages = {}, _stages(SETTINGS.stages)
+    finals = {}
     for name in ("whole", "killed"):
         save_corpus(tmp_path / name, tiny_tokenizer)
         if name == "killed":
             with monkeypatch.context() as patch:
                 patch.setattr("drafttrain.training.pretrain.Probe.on_step_end", _die_after(4))
                 with pytest.raises(KeyboardInterrupt):
-                    train(tmp_path / name, SETTINGS, stages)
+                    train(tmp_path / name, SETTINGS)
             (tmp_path / name / "pretrain" / "checkpoint-4").mkdir()  # killed while saving
-        finals[name], _ = train(tmp_path / name, SETTINGS, stages)
+        finals[name], _ = train(tmp_path / name, SETTINGS)
     for name, weight in finals["whole"].state_dict().items():
         assert torch.equal(weight, finals["killed"].state_dict()[name]), name
 

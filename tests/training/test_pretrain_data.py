@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain.training.pretrain_data import Blocks, Stage, choices
+from drafttrain.recipe import StageConfig
+from drafttrain.training.pretrain_data import Blocks, choices
 
 
 @pytest.fixture
 def blocks(tiny_tokenizer) -> Blocks:
     stages = [
-        Stage(steps=3, tokens=1024, lengths={256: 1.0}, mixture={"frequent_words": 0.5, "code": 0.5}, jumps=1.0),
-        Stage(steps=2, tokens=1024, lengths={512: 0.5, 1024: 0.5}, mixture={"revise/append": 1.0}),
+        StageConfig(steps=3, tokens=1024, lengths={256: 1.0}, mixture={"frequent_words": 0.5, "code": 0.5}, jumps=1.0),
+        StageConfig(steps=2, tokens=1024, lengths={512: 0.5, 1024: 0.5}, mixture={"revise/append": 1.0}),
     ]
     corpus = np.arange(5000, dtype=np.uint16) % len(tiny_tokenizer)
     return Blocks(stages, corpus, tiny_tokenizer, max_position=4096, seed=1)
@@ -60,7 +61,7 @@ def test_choices_are_what_copying_on_does_not_tell():
 
 
 def test_needles_in_a_crowd_look_alike_and_hold_every_answer(tiny_tokenizer):
-    stage = Stage(steps=1, tokens=2048, lengths={2048: 1.0}, mixture={"crowd": 1.0})
+    stage = StageConfig(steps=1, tokens=2048, lengths={2048: 1.0}, mixture={"crowd": 1.0})
     [row] = Blocks([stage], np.arange(99, dtype=np.uint16), tiny_tokenizer, max_position=4096, seed=3)[0]["input_ids"]
     chat = tiny_tokenizer.decode(row).split(tiny_tokenizer.bos_token)[1]
     document = chat.partition("\n\n")[0]
