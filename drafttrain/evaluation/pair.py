@@ -185,7 +185,10 @@ def _in_dtype(model: Any, dtype: str, device: torch.device) -> Any:
     needed = _parameters(model) * DTYPES[dtype].itemsize
     if needed > 0.8 * free_bytes(device):
         raise UserError(f"a copy in {dtype} needs {needed / 2**30:.1f} GiB, more than is free.")
-    return copy.deepcopy(model).to(DTYPES[dtype])
+    copied = copy.deepcopy(model).to(DTYPES[dtype])
+    if dtype == "float64":
+        copied.set_experts_implementation("eager")  # grouped products of experts know no float64
+    return copied
 
 
 def _parameters(model: Any) -> int:

@@ -1,6 +1,8 @@
 """Engines of a pair know every token that their own model knows, however few its drafter has."""
 
 import pytest
+import torch
+import transformers as hf
 
 from drafttrain.evaluation.pair import Models
 from drafttrain.models.fingerprint import Fingerprint
@@ -25,3 +27,16 @@ def test_the_target_keeps_the_tokens_that_its_drafter_lacks(models, tiny_tokeniz
 
 def test_the_context_is_that_of_the_shorter_model(models):
     assert models.context == 128
+
+
+@torch.inference_mode()
+def test_a_mixture_of_experts_is_read_in_float64_too(models, tiny_tokenizer):
+    sizes = {"vocab_size": len(tiny_tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    experts = hf.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    loaded = Loaded(hf.MixtralForCausalLM(experts).eval(), tiny_tokenizer, models.target.fingerprint, "tiny")
+    pair = Models(loaded, models.drafter, {}, frozenset(), "float32")
+    tokens = torch.tensor([[1, 2, 3]])
+    usual, precise = (pair.engines(dtype)[0] for dtype in ("float32", "float64"))
+    logits = [engine.forward(engine.new_cache(1), tokens).logits.double() for engine in (usual, precise)]
+    assert torch.allclose(*logits, atol=1e-5)
+    assert usual.config._experts_implementation != "eager"
