@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from drafttrain.config import Parsed, SamplingConfig
 from drafttrain.distributed import say
 from drafttrain.errors import UserError
 from drafttrain.evaluation import figures
 from drafttrain.evaluation.environment import describe, load, peak_bytes, streamed_bytes
-from drafttrain.evaluation.exactness import greedy_check, identity_check, sampled_check
+from drafttrain.evaluation.exactness import greedy_check, identity_check, not_checked, sampled_check
 from drafttrain.evaluation.examples import examples, sample_path
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.measure import breakdown
@@ -253,8 +255,8 @@ class Evaluation:
         few = [dataclasses.replace(each, limit=min(each.limit, FLOAT64_TOKENS)) for each in chosen]
         try:
             answers = {method: self._float64_answers(method, few) for method in methods}
-        except UserError as error:
-            checks = {m: Exactness("not checked", True, reason=f"float64: {error}") for m in methods}
+        except (UserError, torch.OutOfMemoryError) as error:
+            checks = {m: not_checked("float64", error) for m in methods}
         else:
             checks = identity_check(answers, answers[AUTOREGRESSIVE])
         self.models.release("float64")

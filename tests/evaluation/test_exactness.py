@@ -1,6 +1,7 @@
 """The checks pass exact decoding, and fail a decoder that is wrong in the ways decoders are wrong."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ import torch
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.loop import Decoder
+from drafttrain.errors import UserError
 from drafttrain.evaluation import exactness
+from drafttrain.evaluation.command import Evaluation
 from drafttrain.evaluation.questions import Question, to_sample
 from drafttrain.evaluation.runner import answer
+from drafttrain.evaluation.schema import AUTOREGRESSIVE
 from drafttrain.ops.sampling import Sampling
 from tests.conftest import build_llama
 
@@ -105,6 +109,20 @@ def test_sampled_tokens_of_the_exact_decoder_pass(models, sampling):
         assert check.tokens == 640
 
 
+@pytest.mark.parametrize("sampling", [Sampling(0.9, top_p=0.8), Sampling(1.0, repetition_penalty=1.3)])
+def test_the_check_holds_few_distributions_at_a_time_and_does_not_depend_on_how_many(models, sampling, monkeypatch):
+    plain, _ = decoders(models, sampling)
+    asked = questions(3, limit=35)
+    found, held, add = [], [], exactness.SurpriseSum.add
+    monkeypatch.setattr(exactness.SurpriseSum, "add", lambda own, p, ids: (held.append(len(p)), add(own, p, ids)))
+    for chunk in (64, 8):
+        monkeypatch.setattr(exactness, "CHUNK", chunk)
+        found.append(exactness.sampled_check(plain.target, sampling, asked, samples(plain, asked)))
+    assert held == [35] * 3 + [8, 8, 8, 8, 3] * 3
+    assert found[0].tokens == found[1].tokens == 105
+    assert found[0].z == pytest.approx(found[1].z, abs=1e-3)
+
+
 def test_tokens_of_a_sharper_distribution_fail(models):
     sharper, _ = decoders(models, Sampling(0.7))
     asked = questions(16)
@@ -137,3 +155,17 @@ def test_identity_names_answer_and_place():
     checks = exactness.identity_check({"a": [[1, 2], [3]], "b": [[1, 2], [4]]}, [[1, 2], [3]])
     assert checks["a"].passed and checks["a"].identical == 2
     assert not checks["b"].passed and checks["b"].reason == "answer 1 differs at token 0"
+
+
+@pytest.mark.parametrize("error", [UserError("too big."), torch.OutOfMemoryError("out of memory.\nTried to")])
+def test_a_report_is_written_though_float64_does_not_fit(error):
+    def answers(*_):
+        raise error
+
+    samples = {AUTOREGRESSIVE: [], "Model(drafter, length=2)": []}
+    measured = SimpleNamespace(questions=[], samples=samples, lossless={method: [] for method in samples})
+    evaluation = SimpleNamespace(_float64_answers=answers, models=SimpleNamespace(release=lambda _: None))
+    Evaluation._check_float64(evaluation, [measured])
+    [check] = measured.lossless["Model(drafter, length=2)"]
+    assert (check.tier, check.passed) == ("not checked", True) and check.reason.startswith("float64: ")
+    assert "\n" not in check.reason

@@ -8,7 +8,8 @@ import torch
 
 from drafttrain.decoding import loop, verify
 from drafttrain.dialogue import end_tokens
-from drafttrain.evaluation import lossless
+from drafttrain.errors import UserError
+from drafttrain.evaluation import lossless, pair
 from drafttrain.evaluation.pair import Models
 from drafttrain.models.fingerprint import Fingerprint
 from drafttrain.models.loading import Loaded
@@ -52,6 +53,29 @@ def test_the_decoder_is_lossless_and_its_controls_are_rejected(models, method):
     controls = [test for test in proof.distributions if test.must_reject]
     assert len(controls) == (1 if method == "Autoregressive()" else 2)
     assert all(control.p_value < lossless.FALSE_ALARM for control in controls)
+
+
+def lacks(monkeypatch, *dtypes):
+    """Make no copies in these dtypes."""
+    real = pair._in_dtype
+
+    def copies(model, dtype, device):
+        if dtype in dtypes:
+            raise UserError(f"a quantized target cannot be run in {dtype}.")
+        return real(model, dtype, device)
+
+    monkeypatch.setattr(pair, "_in_dtype", copies)
+
+
+def test_a_dtype_that_cannot_be_had_is_not_checked_and_a_missing_reference_refused(models, monkeypatch):
+    models = dataclasses.replace(models, _engines={})
+    lacks(monkeypatch, "bfloat16")
+    proof = lossless.prove(models, METHOD, [PROMPT], [], 4.0, 0)
+    assert [check.tier for check in proof.tokens] == ["float64", "float32", "not checked"]
+    assert proof.passed and "cannot be run in bfloat16" in proof.tokens[-1].reason
+    lacks(monkeypatch, "float64")
+    with pytest.raises(UserError, match=r"in float64.* needs it; `drafttrain evaluate`"):
+        lossless.prove(models, METHOD, [PROMPT], [], 4.0, 0)
 
 
 def test_a_drafter_that_lacks_tokens_takes_none_from_the_target(short_models):
