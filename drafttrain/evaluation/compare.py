@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from drafttrain.errors import UserError
-from drafttrain.evaluation.figures import figure_interval, pair
+from drafttrain.evaluation.figures import figure_interval, pair, rates
 from drafttrain.evaluation.schema import MethodResult, Report, Sample, read_report, read_samples
-from drafttrain.evaluation.statistics import Interval
+from drafttrain.evaluation.statistics import Interval, rate_ratio
 from drafttrain.evaluation.tables import table
 from drafttrain.run_folder import write_atomically
 
@@ -48,13 +48,9 @@ def _per_token(*names: str) -> Callable[[Sample, Sample], list[float]]:
     return lambda own, base: [own.counts[name] for name in names]
 
 
-def _rates(own: Sample, base: Sample) -> list[float]:
-    return [len(own.token_ids), own.decode_seconds, len(base.token_ids), base.decode_seconds]
-
-
 FIGURES = (
-    Figure("speed-up", _rates, lambda s: (s[..., 0] / s[..., 1]) / (s[..., 2] / s[..., 3]), True),
-    Figure("tokens/s", _rates, lambda s: s[..., 0] / s[..., 1], True),
+    Figure("speed-up", rates, rate_ratio, True),
+    Figure("tokens/s", rates, lambda s: s[..., 0] / s[..., 1], True),
     Figure("tau", _per_token("tokens", "rounds"), _tau, False),
     Figure(
         "accepted / drafted", _per_token("accepted", "drafted"), lambda s: s[..., 0] / np.maximum(s[..., 1], 1), False

@@ -134,13 +134,14 @@ def _add_rates(figures: Figures, base: Sequence[Sample]) -> None:
     figures.end_to_end_speedup = (figures.tokens / seconds) / (figures.baseline_tokens / base_seconds)
 
 
+def rates(own: Sample, base: Sample) -> list[float]:
+    """What `rate_ratio` takes the sums of: tokens and seconds of an answer, then of the one it is compared with."""
+    return [len(own.token_ids), own.decode_seconds, len(base.token_ids), base.decode_seconds]
+
+
 def rate_interval(pairs: Sequence[tuple[Sample, Sample]], resamples: int, seed: int) -> Interval:
     """Ratio of decoding rates, first over second, with its 95 % interval over conversations."""
-
-    def counts(own: Sample, base: Sample) -> list[float]:
-        return [len(own.token_ids), own.decode_seconds, len(base.token_ids), base.decode_seconds]
-
-    return figure_interval(pairs, counts, rate_ratio, resamples, seed)
+    return figure_interval(pairs, rates, rate_ratio, resamples, seed)
 
 
 def figure_interval(

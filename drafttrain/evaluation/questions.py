@@ -133,13 +133,18 @@ def different(questions: Sequence[Question], count: int) -> list[Question]:
     return [questions[at] for _, at in sorted(order)[:count]]
 
 
+def is_right(reference: str | None, text: str) -> bool | None:
+    """Whether an answer is exactly the right one, spaces around it aside; None where none is known."""
+    return None if reference is None else text.strip() == reference.strip()
+
+
 def to_sample(
     question: Question, completions: Sequence[Completion], method: str, sampling: str, tokenizer: Any
 ) -> Sample:
     """An answer, scored, from its repeats: tokens and counts of the first, seconds the median of all."""
     completion = completions[0]
     text = answer_text(tokenizer, completion.token_ids)
-    right = None if question.reference is None else text.strip() == question.reference.strip()
+    right = is_right(question.reference, text)
     seconds = [repeat.counts.decode_seconds for repeat in completions]
     counts = dict(vars(completion.counts))
     del counts["decode_seconds"], counts["prefill_seconds"]

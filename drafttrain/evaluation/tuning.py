@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drafttrain.dialogue import answer_text
 from drafttrain.distributed import say
 from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.measure import costs_by_family
 from drafttrain.evaluation.methods import family_of
 from drafttrain.evaluation.pair import Models
-from drafttrain.evaluation.questions import Question
+from drafttrain.evaluation.questions import Question, is_right
 from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs
 from drafttrain.evaluation.trace_record import Record, record_of
@@ -165,11 +166,8 @@ def record_for_replay(models: Models, traces: Traces, references: Mapping[tuple[
 
 def counts(row: Row, references: Mapping[tuple[str, int], str], tokenizer: Any) -> bool:
     """Whether an answer would count: it does not loop, and is right where it has to be."""
-    reference = references.get((row["prompt_id"], row["turn"]))
     ids = list(row["response_ids"])
-    right = None
-    if reference is not None:
-        right = tokenizer.decode(ids, skip_special_tokens=True).strip() == reference.strip()
+    right = is_right(references.get((row["prompt_id"], row["turn"])), answer_text(tokenizer, ids))
     return bool(ids) and not loops(ids, right) and not (row["task"] in RIGHT_ONLY and right is False)
 
 
