@@ -45,14 +45,11 @@ class Prompts:
         return Counter(record["split"] for record in self.records)
 
 
-def ensure_prompts(
-    settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokenizerBase", context: int, run: RunFolder
-) -> int:
+def ensure_prompts(settings: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", context: int, run: RunFolder) -> int:
     """Make the prompts of a run unless they are there. Every process calls it.
 
     Args:
         settings: the recipe's `prompts` section.
-        seed: the recipe's seed, used where the section has none.
         tokenizer: the target's.
         context: tokens the target can read and write together.
 
@@ -62,10 +59,10 @@ def ensure_prompts(
     Raises:
         UserError: bad input (see `prompts_of`), or prompts made with other settings are there.
     """
-    manifest = prompts_manifest(settings, seed, tokenizer, context)
+    manifest = prompts_manifest(settings, tokenizer, context)
     if is_complete(run.prompts):
         return sum(1 for _ in iter_records(run.prompts, "prompts", expect=manifest, columns=["prompt_id"]))
-    made = prompts_of(settings, seed, tokenizer, context)
+    made = prompts_of(settings, tokenizer, context)
     for note in made.notes:
         say(note)
     writer = ShardedWriter(run.prompts, manifest, len(made.records), _SHARD_ROWS)
@@ -77,12 +74,9 @@ def ensure_prompts(
     return len(made.records)
 
 
-def prompts_manifest(
-    settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokenizerBase", context: int
-) -> dict[str, Any]:
+def prompts_manifest(settings: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", context: int) -> dict[str, Any]:
     """Everything that decides what the prompts are."""
     values = dataclasses.asdict(settings)
-    values["seed"] = seed if settings.seed is None else settings.seed
     path = values.pop("path")
     if settings.source == "file":
         values["file"] = _file_digest(_required_path(settings))  # a moved file is the same file
@@ -99,20 +93,17 @@ def prompts_manifest(
     }
 
 
-def prompts_of(settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokenizerBase", context: int) -> Prompts:
+def prompts_of(settings: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", context: int) -> Prompts:
     """The prompts of a recipe, in an order that mixes tasks.
 
     Raises:
         UserError: names file and line of a malformed, incomplete, empty or too long prompt; or nothing is left.
     """
-    if not 0 <= settings.held_out <= 0.5:
-        raise UserError(f"prompts.held_out must be between 0 and 0.5 (it is taken twice), not {settings.held_out}.")
-    if not 0 < settings.near_duplicate <= 1:
-        raise UserError(f"prompts.near_duplicate must be above 0 and at most 1, not {settings.near_duplicate}.")
-    seed = seed if settings.seed is None else settings.seed
-    collected = progress(_collect(settings, seed, tokenizer), description="prompts")
+    if settings.near_duplicate == 0:
+        raise UserError("prompts.near_duplicate must be above 0: at 0 all prompts are the same.")
+    collected = progress(_collect(settings, tokenizer), description="prompts")
     found = [_for_target(each, settings.system, tokenizer) for each in collected]
-    kept, repeated = _without_duplicates(found, settings.near_duplicate, settings.limit, seed)
+    kept, repeated = _without_duplicates(found, settings.near_duplicate, settings.limit, settings.seed)
     fitting, too_long = _fitting(kept, tokenizer, settings.max_tokens, context)
     splits = _split([each for each, _ in fitting], settings.held_out)
     names = _unique_names([each for each, _ in fitting])
@@ -122,7 +113,7 @@ def prompts_of(settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokeniz
     ]
     if not records:
         raise UserError("no prompts are left; check prompts.path, prompts.limit and prompts.max_tokens.")
-    records.sort(key=lambda record: _hash(f"{seed}/{record['prompt_id']}"))
+    records.sort(key=lambda record: _hash(f"{settings.seed}/{record['prompt_id']}"))
     notes = [f"left out: {repeated} near-duplicates (Jaccard >= {settings.near_duplicate})"] if repeated else []
     notes += [f"left out: {too_long} prompts of more than {settings.max_tokens} tokens"] if too_long else []
     return Prompts(records, notes)
@@ -132,11 +123,11 @@ def prompts_of(settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokeniz
 # Steps
 
 
-def _collect(settings: PromptsConfig, seed: int, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Conversation]:
+def _collect(settings: PromptsConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Conversation]:
     if settings.source == "reference":
         from data_prep.reference_prompts import reference_conversations
 
-        return reference_conversations(settings.mixture, settings.length, settings.held_out, seed, tokenizer)
+        return reference_conversations(settings.mixture, settings.length, settings.held_out, settings.seed, tokenizer)
     path = _required_path(settings)
     rows = read_hub(str(path), settings.hub_split) if settings.source == "hub" else read_rows(Path(path))
     return conversations(rows, settings.preset, settings.fields)

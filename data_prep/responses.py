@@ -64,7 +64,7 @@ def respond(parsed: Parsed) -> None:
     check_settings(recipe)
     facts = target_facts(recipe.target)
     run.record(parsed, "data_prep/responses.py")
-    asked_for = (recipe.prompts, recipe.seed, facts.tokenizer, facts.context)
+    asked_for = (recipe.prompts, facts.tokenizer, facts.context)
     total = ensure_prompts(*asked_for, run)
     check_recorded(recipe, run)
     loaded = load_target(recipe.target)

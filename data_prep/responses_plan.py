@@ -36,7 +36,7 @@ def plan(parsed: Parsed) -> None:
 
 
 def _prompts(recipe: Recipe, facts: TargetFacts, run: RunFolder) -> Prompts:
-    asked_for = (recipe.prompts, recipe.seed, facts.tokenizer, facts.context)
+    asked_for = (recipe.prompts, facts.tokenizer, facts.context)
     if is_complete(run.prompts):
         found = iter_records(run.prompts, "prompts", expect=prompts_manifest(*asked_for))
         return Prompts(list(found), [f"prompts are there already: {run.prompts}"])

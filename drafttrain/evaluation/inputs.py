@@ -92,7 +92,7 @@ def _made(parsed: Parsed, tokenizer: Any, context: int, run: RunFolder, write: b
     # The one step back: a probe has no prompts of its own.
     from data_prep.prompts import ensure_prompts, prompts_manifest, prompts_of
 
-    asked_for = (parsed.recipe.prompts, parsed.recipe.seed, tokenizer, context)
+    asked_for = (parsed.recipe.prompts, tokenizer, context)
     if run.responses.exists():
         parts = ("fingerprints",) if parsed.recipe.prompts == PromptsConfig() else ("fingerprints", "settings")
         manifest = prompts_manifest(*asked_for)

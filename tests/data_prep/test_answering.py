@@ -24,7 +24,7 @@ def records(folder: Path, rows, **options):
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = PromptsConfig(source="file", path=str(path), near_duplicate=1.0, **options)
-    return prompts_of(settings, 0, TOKENIZER, 512).records
+    return prompts_of(settings, TOKENIZER, 512).records
 
 
 def chats(number):

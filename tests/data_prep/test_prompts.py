@@ -24,8 +24,8 @@ def write(path, rows):
     return str(path)
 
 
-def make(path, context=CONTEXT, tokenizer=TOKENIZER, seed=0, **options):
-    return prompts_of(PromptsConfig(source="file", path=path, **options), seed, tokenizer, context)
+def make(path, context=CONTEXT, tokenizer=TOKENIZER, **options):
+    return prompts_of(PromptsConfig(source="file", path=path, **options), tokenizer, context)
 
 
 def questions(number):
@@ -123,7 +123,6 @@ def test_a_prompt_that_fills_the_context_is_told_and_left_out_on_request(tmp_pat
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"held_out": 0.6}, "held_out"),
         ({"near_duplicate": 0.0}, "near_duplicate"),
         ({"max_tokens": 1}, "no prompts are left"),
     ],
@@ -136,12 +135,12 @@ def test_impossible_settings_are_told(tmp_path, options, told):
 def test_a_source_without_a_path_is_told():
     for source in ("file", "hub"):
         with pytest.raises(UserError, match=r"prompts.path is not set"):
-            prompts_of(PromptsConfig(source=source), 0, TOKENIZER, CONTEXT)
+            prompts_of(PromptsConfig(source=source), TOKENIZER, CONTEXT)
 
 
 def test_a_path_is_meant_though_the_source_is_left_at_its_default(tmp_path):
     path = write(tmp_path / "a.jsonl", questions(4))
-    assert prompts_of(PromptsConfig(path=path), 0, TOKENIZER, CONTEXT) == make(path)
+    assert prompts_of(PromptsConfig(path=path), TOKENIZER, CONTEXT) == make(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,31 +151,31 @@ def test_prompts_are_written_once_and_other_settings_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", questions(40))
     asked = PromptsConfig(source="file", path=path, near_duplicate=1.0)
     run = RunFolder(tmp_path / "run")
-    assert ensure_prompts(asked, 0, TOKENIZER, CONTEXT, run) == 40
+    assert ensure_prompts(asked, TOKENIZER, CONTEXT, run) == 40
     before = {file.name: file.stat().st_mtime_ns for file in run.prompts.iterdir()}
-    assert ensure_prompts(asked, 0, TOKENIZER, CONTEXT, run) == 40
+    assert ensure_prompts(asked, TOKENIZER, CONTEXT, run) == 40
     assert {file.name: file.stat().st_mtime_ns for file in run.prompts.iterdir()} == before
     with pytest.raises(UserError, match=r"settings.held_out was 0.1 and is now 0.2"):
-        ensure_prompts(dataclasses.replace(asked, held_out=0.2), 0, TOKENIZER, CONTEXT, run)
+        ensure_prompts(dataclasses.replace(asked, held_out=0.2), TOKENIZER, CONTEXT, run)
 
 
 def test_a_moved_file_is_the_same_file_and_a_changed_one_is_not(tmp_path):
     run = RunFolder(tmp_path / "run")
     rows = questions(5)
     asked = PromptsConfig(source="file", path=write(tmp_path / "a.jsonl", rows), near_duplicate=1.0)
-    ensure_prompts(asked, 0, TOKENIZER, CONTEXT, run)
+    ensure_prompts(asked, TOKENIZER, CONTEXT, run)
     moved = dataclasses.replace(asked, path=write(tmp_path / "b.jsonl", rows))
-    assert ensure_prompts(moved, 0, TOKENIZER, CONTEXT, run) == 5
+    assert ensure_prompts(moved, TOKENIZER, CONTEXT, run) == 5
     write(tmp_path / "b.jsonl", rows[:4])
     with pytest.raises(UserError, match=r"settings\.file"):
-        ensure_prompts(moved, 0, TOKENIZER, CONTEXT, run)
+        ensure_prompts(moved, TOKENIZER, CONTEXT, run)
 
 
 def test_written_records_are_those_made(tmp_path):
     asked = PromptsConfig(source="file", path=write(tmp_path / "a.jsonl", questions(9)))
     run = RunFolder(tmp_path / "run")
-    ensure_prompts(asked, 0, TOKENIZER, CONTEXT, run)
-    assert list(iter_records(run.prompts, "prompts")) == prompts_of(asked, 0, TOKENIZER, CONTEXT).records
+    ensure_prompts(asked, TOKENIZER, CONTEXT, run)
+    assert list(iter_records(run.prompts, "prompts")) == prompts_of(asked, TOKENIZER, CONTEXT).records
 
 
 @settings(max_examples=15, deadline=None)

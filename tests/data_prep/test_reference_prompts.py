@@ -37,7 +37,7 @@ def test_held_out_code_comes_from_held_out_modules():
 
 
 def test_an_example_can_be_made_again_from_its_record_to_be_scored():
-    record = prompts_of(PromptsConfig(mixture={"revise/replace": 1}, length=200), 3, TOKENIZER, 4096).records[0]
+    record = prompts_of(PromptsConfig(mixture={"revise/replace": 1}, length=200, seed=3), TOKENIZER, 4096).records[0]
     count = lambda text: len(TOKENIZER(text, add_special_tokens=False)["input_ids"])  # noqa: E731
     example = generate(record["kind"], record["seed"], record["length"], count)
     assert json.loads(record["reference"])["answers"] == [turn.answer for turn in example.turns]
@@ -63,7 +63,7 @@ def test_a_task_goes_round_its_kinds_and_a_kind_stays():
 def test_the_default_mixture_has_every_task_and_nothing_in_it_is_a_near_duplicate():
     assert set(DEFAULT_MIXTURE) == {"code", *TASKS}
     tenth = {task: number // 10 for task, number in DEFAULT_MIXTURE.items()}
-    made = prompts_of(PromptsConfig(mixture=tenth, length=400), 0, TOKENIZER, 4096)
+    made = prompts_of(PromptsConfig(mixture=tenth, length=400), TOKENIZER, 4096)
     assert len(made.records) == sum(tenth.values()) and made.notes == []
 
 

@@ -59,7 +59,7 @@ def answered(tmp_path, tiny_tokenizer):
     (tmp_path / "others.jsonl").write_text("\n".join(asked[1:]))
     run = RunFolder(tmp_path / "run")
     own = parse("", [], ["--run", str(run.path), "--prompts.path", str(tmp_path / "prompts.jsonl")])
-    ensure_prompts(own.recipe.prompts, own.recipe.seed, tiny_tokenizer, 512, run)
+    ensure_prompts(own.recipe.prompts, tiny_tokenizer, 512, run)
     run.responses.mkdir()
 
     def found(*flags, tokenizer=tiny_tokenizer):
