@@ -207,7 +207,6 @@ def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPai
 
 
 def _load_heads(parsed: Parsed, target: "Loaded", drafter: "Loaded") -> "dict[str, AcceptanceHead]":
-    from drafttrain.evaluation.trace_scores import RULES
     from drafttrain.models.acceptance_head import AcceptanceHead
 
     base = parsed.config.resolve().parent if parsed.config else None
@@ -215,7 +214,6 @@ def _load_heads(parsed: Parsed, target: "Loaded", drafter: "Loaded") -> "dict[st
     return {
         name: AcceptanceHead.load(resolve_path(name, base), **pair, device=drafter.model.device)
         for name in parsed.recipe.traces.scores
-        if name not in RULES
     }
 
 

@@ -50,11 +50,10 @@ def _work(rows: Any, manifest: dict[str, Any], recipe: Recipe, path: str, run: R
     shards = -(-len(rows) // settings.shard_rows)
     done = len(list(run.traces.glob("part-*.parquet"))) if run.traces.exists() else 0
     runs = f"{settings.run_length} tokens beyond every rejection" if settings.run_length else "none"
-    heads = [name for name in settings.scores if name not in RULES]
     return [
         f"traces: {len(rows)} responses of {recipe.target.path}, {_tokens(rows)} tokens, drafter {path}, {way}",
         f"runs: {runs}",
-        f"scores: {', '.join([*RULES, *heads])}",
+        f"scores: {', '.join([*RULES, *settings.scores])}",
         f"shards: {shards} of {settings.shard_rows} responses, {done} of them there already, in {run.traces}",
     ]
 

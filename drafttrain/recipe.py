@@ -59,7 +59,7 @@ class TargetConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adaptation of a drafter through peft, merged into the weights on export."""
+    """Low-rank adaptation of a drafter through peft, merged into the weights when training ends."""
 
     r: int = at_least(1, 16)
     """rank of the update"""
@@ -86,7 +86,7 @@ class DrafterConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """new: keys of a transformers config, e.g. num_hidden_layers; the rest is taken from the target"""
     lora: LoraConfig | None = None
-    """train low-rank updates only, merged on export"""
+    """train low-rank updates only, merged when training ends"""
     dtype: str = "float32"
     """dtype that the drafter is trained in; bf16: true under training.arguments gives mixed precision"""
 
@@ -189,7 +189,7 @@ class TracesConfig:
     batch_size: int = at_least(1, 8)
     """responses traced together; the rows do not depend on it"""
     scores: list[str] = field(default_factory=list)
-    """stopping rules whose scores are stored: confidence, entropy, or acceptance heads by path"""
+    """acceptance heads, by path, whose scores are stored too (confidence, entropy and max_q always are)"""
 
 
 @dataclass
@@ -324,9 +324,9 @@ class PretrainConfig:
     """stages of the stream: steps, tokens, lengths, mixture, jumps, choice_weight (training/pretrain_data.py)"""
     learning_rate: float = at_least(0.0, 0.004)
     """peak learning rate (Muon scaled to AdamW's update size)"""
-    warmup_steps: int = 100
+    warmup_steps: int = at_least(0, 100)
     """steps in which the learning rate rises"""
-    decay_steps: int = 400
+    decay_steps: int = at_least(0, 400)
     """steps in which it falls to zero, at the end"""
     save_every: int = at_least(1, 200)
     """steps between checkpoints and probes"""
