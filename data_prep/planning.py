@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from drafttrain.config import Parsed, TargetConfig
 from drafttrain.dialogue import end_tokens
 from drafttrain.errors import UserError
+from drafttrain.models.drafters import without_storage
 from drafttrain.models.loading import DTYPES, check_folder, load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class TargetFacts:
         context: tokens it can read and write together.
         ends: tokens that end an answer.
         bytes_per_value: of a weight or a cache entry, before any quantization.
+        trust_remote_code: whether the model's own code may run.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -33,14 +35,11 @@ class TargetFacts:
     context: int
     ends: frozenset[int]
     bytes_per_value: int
+    trust_remote_code: bool
 
     def weight_bytes(self) -> int:
         """Bytes of all weights, counted on a model without storage."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
+        model = without_storage(self.config, self.trust_remote_code)
         return sum(weight.numel() for weight in model.parameters()) * self.bytes_per_value
 
     def cache_bytes_per_token(self) -> int:
@@ -73,7 +72,8 @@ def target_facts(settings: TargetConfig) -> TargetFacts:
     dtype = DTYPES.get(settings.dtype) or config.dtype
     size = 4 if dtype is None else dtype.itemsize
     context = config.get_text_config().max_position_embeddings
-    return TargetFacts(tokenizer, config, context, end_tokens(tokenizer, generation), size)
+    ends = end_tokens(tokenizer, generation)
+    return TargetFacts(tokenizer, config, context, ends, size, settings.trust_remote_code)
 
 
 def show_recipe(parsed: Parsed, sections: Sequence[str]) -> None:

@@ -62,38 +62,39 @@ def build_drafter(config: DrafterConfig, target: Loaded, seed: int = 0, trust_re
     return _adapted(model.requires_grad_(True), config, seed)
 
 
-def sketch_drafter(config: DrafterConfig, target: Loaded) -> nn.Module:
+def sketch_drafter(config: DrafterConfig, target: Loaded, trust_remote_code: bool = False) -> nn.Module:
     """The shape of `build_drafter`'s result without storage, from small files alone; raises what that would raise.
 
     Args:
         config: the recipe's drafter section.
         target: its model may be without storage too.
+        trust_remote_code: let the code of a pretrained drafter run.
     """
     from transformers import AutoConfig
 
     path = config.init_from or (config.path if config.kind == "pretrained" else None)
     if path is not None:
         check_folder(path, weights=True)
-        check_same_tokenizer(target.tokenizer, load_tokenizer(path), path)
-        shape = AutoConfig.from_pretrained(path)
+        check_same_tokenizer(target.tokenizer, load_tokenizer(path, trust_remote_code=trust_remote_code), path)
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     elif config.kind == "cut":
         shape = _cut_config(target.model.config, config.layers)[0]
     elif config.kind == "pretrained":
         raise _no_path()
     else:
         shape = new_config(target.model.config, config.config)
-    model = without_storage(shape)
+    model = without_storage(shape, trust_remote_code)
     _check_vocabulary(model, target)
     with torch.device("meta"):
         return _adapted(model, config, seed=0)
 
 
-def without_storage(config: PretrainedConfig) -> PreTrainedModel:
+def without_storage(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal LM of this shape that takes no memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def merged(model: nn.Module) -> PreTrainedModel:

@@ -114,11 +114,11 @@ def read_shapes(parsed: Parsed) -> Shapes:
     config = AutoConfig.from_pretrained(
         settings.path, revision=settings.revision or "main", trust_remote_code=settings.trust_remote_code
     )
-    model = without_storage(config)
+    model = without_storage(config, settings.trust_remote_code)
     prints = Fingerprint(tokenizer_hash(tokenizer), architecture_hash(config), "")
     target = Loaded(model, tokenizer, prints, settings.path)
     served = (DTYPES.get(settings.dtype) or config.dtype or torch.float32).itemsize
-    drafter = sketch_drafter(parsed.recipe.drafter, target)
+    drafter = sketch_drafter(parsed.recipe.drafter, target, settings.trust_remote_code)
     return Shapes(target, drafter, _bytes_per_weight(settings, served), served)
 
 

@@ -1,5 +1,6 @@
 """Every kind of drafter, for every family that a recipe names, is an ordinary causal LM with the target's tokenizer."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -22,9 +23,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from drafttrain.config import DrafterConfig, LoraConfig
+from data_prep.planning import target_facts
+from drafttrain.config import DrafterConfig, LoraConfig, TargetConfig
 from drafttrain.errors import UserError
-from drafttrain.models.drafters import build_drafter, inner, is_lora, layer_numbers, merged
+from drafttrain.models.drafters import build_drafter, inner, is_lora, layer_numbers, merged, sketch_drafter
 from drafttrain.models.fingerprint import fingerprint
 from drafttrain.models.loading import Loaded
 from tests.conftest import build_llama, build_tokenizer
@@ -220,3 +222,24 @@ def test_another_tokenizer_is_refused(tiny_tokenizer, tmp_path):
 
 def test_layers_count_from_either_end():
     assert layer_numbers([0, 2, -1], 10) == [0, 2, 9]
+
+
+def test_the_shape_of_a_model_with_its_own_code_is_known_before_it_is_loaded(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    own = tmp_path / "own"
+    build_llama(len(tiny_tokenizer)).save_pretrained(own)
+    tiny_tokenizer.save_pretrained(own)
+    (own / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    values = json.loads((own / "config.json").read_text())
+    values |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (own / "config.json").write_text(json.dumps(values))
+    config = DrafterConfig(kind="pretrained", path=str(own))
+    model = sketch_drafter(config, load(build_llama(len(tiny_tokenizer)), tiny_tokenizer), trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    facts = target_facts(TargetConfig(path=str(own), trust_remote_code=True))
+    assert facts.weight_bytes() == 4 * sum(weight.numel() for weight in model.parameters())
