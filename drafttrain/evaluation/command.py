@@ -22,6 +22,7 @@ from drafttrain.config import Parsed, SamplingConfig
 from drafttrain.distributed import say
 from drafttrain.errors import UserError
 from drafttrain.evaluation import figures
+from drafttrain.evaluation.cost import predict
 from drafttrain.evaluation.environment import describe, load, peak_bytes, streamed_bytes
 from drafttrain.evaluation.exactness import greedy_check, identity_check, not_checked, sampled_check
 from drafttrain.evaluation.examples import examples, sample_path
@@ -49,7 +50,7 @@ from drafttrain.evaluation.schema import Sampling as NamedSampling
 from drafttrain.evaluation.sweep import Setting as SweptSetting
 from drafttrain.evaluation.sweep import pick, settings, sweep
 from drafttrain.evaluation.tuning import calibrate, made_traces, record_for_replay, stored_traces, task_weights
-from drafttrain.evaluation.verdict import decide, predict, verdict_lines
+from drafttrain.evaluation.verdict import decide, verdict_lines
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder

@@ -10,16 +10,14 @@ published N / (N_draft c + N_target) (SpecDec++, eq. 2.1).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from drafttrain.decoding.counts import Counts
-from drafttrain.evaluation.replay import Tally
-
 if TYPE_CHECKING:
-    from drafttrain.evaluation.schema import Costs
+    from drafttrain.decoding.counts import Counts
+    from drafttrain.evaluation.schema import Costs, Figures
 
 
 @dataclass(frozen=True)
@@ -55,27 +53,55 @@ class CostModel:
         slope = (self.v[last] - self.v[before]) / (last - before)
         return self.v[last] + max(0.0, slope) * (width - last)
 
-    def cost(self, run: Tally | Counts, member: str = "drafter") -> float:
+    def cost(self, counts: Figures | Counts) -> float:
         """What decoding as counted costs, in autoregressive steps.
-
-        Args:
-            run: a replay, or the decoder's counts.
-            member: whose forwards a replay's drafted tokens are.
 
         Raises:
             KeyError: a member whose cost is not known.
         """
-        counts = run.counts(member) if isinstance(run, Tally) else run
         draft = sum(forwards * self.c[name] for name, forwards in counts.draft_forwards.items())
         verify = sum(rounds * self.verify(width) for width, rounds in widths_of(counts).items())
         return draft + verify + counts.rounds * self.o
 
-    def predicted_speedup(self, run: Tally | Counts, member: str = "drafter") -> float:
-        """Speed-up over autoregressive decoding; arguments as in `cost`."""
-        return run.tokens / self.cost(run, member)
+    def predicted_speedup(self, counts: Figures | Counts) -> float:
+        """Speed-up over autoregressive decoding."""
+        return counts.tokens / self.cost(counts)
 
 
-def widths_of(counts: Counts) -> dict[int, int]:
+def predict(figures: Figures | Counts, costs: Costs) -> float:
+    """Speed-up that a method's own counts and the measured costs predict."""
+    return CostModel.of(costs).predicted_speedup(figures)
+
+
+def halved(figures: Figures, costs: Costs) -> dict[str, float]:
+    """Predicted speed-up with half of what tau, c, v or o costs gone, each alone."""
+    half_c = {name: value / 2 for name, value in costs.c.items()}
+    half_v = [(value + costs.v[0]) / 2 for value in costs.v]
+    return {
+        "tau": _tau_gain(figures) * predict(figures, costs),
+        "c": predict(figures, replace(costs, c=half_c)),
+        "v": predict(figures, replace(costs, v=half_v)),
+        "o": predict(figures, replace(costs, o=costs.o / 2)),
+    }
+
+
+def _tau_gain(figures: Figures) -> float:
+    """How many times as many tokens a round gives when each position is rejected half as often.
+
+    Drafts keep their lengths: with d_i the share of rounds that draft position i and a_j the conditional acceptance,
+    the model is tau = 1 + sum_i d_i a_1 ... a_i, taken with a_j and with (1 + a_j) / 2. The ratio of the two is used,
+    which forgives the model that d_i and the a_j are not independent under an adaptive rule.
+    """
+    now, then, chain_now, chain_then = 1.0, 1.0, 1.0, 1.0
+    for drafted, accepted in zip(figures.drafted_at, figures.acceptance_conditional, strict=True):
+        chain_now *= accepted
+        chain_then *= (1 + accepted) / 2
+        now += drafted / figures.rounds * chain_now
+        then += drafted / figures.rounds * chain_then
+    return then / now
+
+
+def widths_of(counts: Figures | Counts) -> dict[int, int]:
     """Target forwards by width: rounds that drafted exactly k tokens are those with a k-th token but no k+1-th."""
     reach = [counts.rounds, *counts.drafted_at, 0]
     exactly = {place + 1: reach[place] - reach[place + 1] for place in range(len(reach) - 1)}

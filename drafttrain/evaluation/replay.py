@@ -111,31 +111,6 @@ class Tally:
         """Rounds in which the 1st, 2nd, ... drafted token was emitted."""
         return _at_least(self.accepted_W)
 
-    @property
-    def tau(self) -> float:
-        """Tokens per round, bonus included."""
-        return self.tokens / self.rounds
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted / drafted tokens; 1 where nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else 1.0
-
-    @property
-    def discard_rate(self) -> float:
-        """Discarded drafted tokens / emitted tokens."""
-        return self.discarded / self.tokens
-
-    @property
-    def verification_rate(self) -> float:
-        """Target forwards / emitted tokens."""
-        return self.rounds / self.tokens
-
-    @property
-    def widths(self) -> dict[int, int]:
-        """Target forwards by width, which is drafted tokens + 1."""
-        return {length + 1: int(rounds) for length, rounds in enumerate(self.drafted_W) if rounds}
-
     def counts(self, member: str = "drafter") -> Counts:
         """The same as the decoder counts it, without times; `member` names the drafter."""
         drafted_at = self.drafted_at

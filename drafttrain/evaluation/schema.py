@@ -191,7 +191,7 @@ class Workload:
     """test conversations of each task"""
     prompts_hash: str
     tuned_by: str
-    """how the settings were chosen: replay of traces, or real runs on the tuning split"""
+    """how the settings were chosen: replay of which traces, or the recipe"""
 
 
 @dataclass

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from drafttrain.config import EvaluateConfig
 from drafttrain.decoding.counts import Counts
 from drafttrain.decoding.expression import build, parse_method
+from drafttrain.evaluation.cost import predict
 from drafttrain.evaluation.methods import ORACLE, USUAL, family_of, head_of
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.policies import OraclePolicy, policy_of
 from drafttrain.evaluation.replay import Tally, replay
 from drafttrain.evaluation.schema import Costs, Kind, SweepPoint
 from drafttrain.evaluation.trace_record import Record
-from drafttrain.evaluation.verdict import predict
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 
 RUN_KINDS: tuple[Kind, ...] = ("fixed", "head", "confidence", "entropy")

@@ -12,13 +12,10 @@ gains most is the limit. "Half" puts the four on one scale; "all" would always n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from drafttrain.decoding.counts import Counts
-from drafttrain.evaluation.cost import CostModel
+from drafttrain.evaluation.cost import halved, predict
 from drafttrain.evaluation.schema import (
-    Costs,
     Decision,
     Figures,
     MethodResult,
@@ -232,39 +229,6 @@ def rising(tau_history: Sequence[dict[str, Any]], share: float = 0.02) -> bool:
     if len(taus) < 4:
         return False
     return taus[-1] > (1 + share) * taus[-1 - max(1, len(taus) // 3)]
-
-
-def predict(figures: Figures | Counts, costs: Costs) -> float:
-    """Speed-up that a method's own counts and the measured costs predict (the formula above)."""
-    return CostModel.of(costs).predicted_speedup(figures)
-
-
-def halved(figures: Figures, costs: Costs) -> dict[str, float]:
-    """Predicted speed-up with half of what tau, c, v or o costs gone, each alone."""
-    half_c = {name: value / 2 for name, value in costs.c.items()}
-    half_v = [(value + costs.v[0]) / 2 for value in costs.v]
-    return {
-        "tau": _tau_gain(figures) * predict(figures, costs),
-        "c": predict(figures, replace(costs, c=half_c)),
-        "v": predict(figures, replace(costs, v=half_v)),
-        "o": predict(figures, replace(costs, o=costs.o / 2)),
-    }
-
-
-def _tau_gain(figures: Figures) -> float:
-    """How many times as many tokens a round gives when each position is rejected half as often.
-
-    Drafts keep their lengths: with d_i the share of rounds that draft position i and a_j the conditional acceptance,
-    the model is tau = 1 + sum_i d_i a_1 ... a_i, taken with a_j and with (1 + a_j) / 2. The ratio of the two is used,
-    which forgives the model that d_i and the a_j are not independent under an adaptive rule.
-    """
-    now, then, chain_now, chain_then = 1.0, 1.0, 1.0, 1.0
-    for drafted, accepted in zip(figures.drafted_at, figures.acceptance_conditional, strict=True):
-        chain_now *= accepted
-        chain_then *= (1 + accepted) / 2
-        now += drafted / figures.rounds * chain_now
-        then += drafted / figures.rounds * chain_then
-    return then / now
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:

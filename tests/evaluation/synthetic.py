@@ -9,6 +9,7 @@ import random
 import numpy as np
 
 from drafttrain.evaluation import figures
+from drafttrain.evaluation.cost import predict
 from drafttrain.evaluation.methods import ORACLE
 from drafttrain.evaluation.schema import (
     AUTOREGRESSIVE,
@@ -28,7 +29,7 @@ from drafttrain.evaluation.schema import (
     SweepPoint,
     Workload,
 )
-from drafttrain.evaluation.verdict import decide, predict
+from drafttrain.evaluation.verdict import decide
 from drafttrain.training import calibration
 
 STEP = 0.0035

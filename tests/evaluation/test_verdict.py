@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafttrain.evaluation import figures
+from drafttrain.evaluation.cost import halved, predict
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs, Exactness
 from drafttrain.evaluation.statistics import Interval
-from drafttrain.evaluation.verdict import decide, halved, predict, rising, verdict_lines
+from drafttrain.evaluation.verdict import decide, rising, verdict_lines
 from tests.evaluation import synthetic
 
 METHOD = "Model(drafter, length=4)"
