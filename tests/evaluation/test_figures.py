@@ -1,11 +1,14 @@
 """Which answers count, and that figures are sums over them."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drafttrain.evaluation import figures
-from drafttrain.evaluation.schema import AUTOREGRESSIVE
+from drafttrain.evaluation.cost import predict
+from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs
 from tests.evaluation import synthetic
 
 METHOD = "Model(drafter, length=4)"
@@ -30,17 +33,38 @@ def test_only_revise_has_to_be_right():
     assert row.wrong == 1 and row.prompts == 31
 
 
-def test_identities_of_the_counts():
+def by_hand(sample, seconds, **counts):
+    return dataclasses.replace(sample, token_ids=list(range(counts["tokens"])), decode_seconds=seconds, counts=counts)
+
+
+def test_figures_are_functions_of_summed_counts():
+    """One answer of two rounds that draft three tokens and have three and one accepted; one that drafts in vain."""
+    own, base = (answers[:2] for answers in both())
+    at = {"drafted_at": [2, 2, 2], "reached_at": [2, 2, 1], "accepted_at": [2, 1, 1]}
+    work = {"drafted": 6, "accepted": 4, "discarded": 2, "draft_forwards": {"drafter": 6}}
+    own[0] = by_hand(own[0], 2.0, tokens=6, rounds=2, target_forwards=2, **work, **at)
+    at = {"drafted_at": [1], "reached_at": [1], "accepted_at": [0]}
+    work = {"drafted": 1, "accepted": 0, "discarded": 1, "draft_forwards": {"drafter": 1}}
+    own[1] = by_hand(own[1], 1.0, tokens=1, rounds=1, target_forwards=1, **work, **at)
+    base = [
+        dataclasses.replace(each, token_ids=list(range(n)), decode_seconds=n)
+        for each, n in zip(base, (6, 1), strict=True)
+    ]
+    row = figures.summarise(own, base, 50, 0)
+    assert (row.tokens, row.rounds, row.drafted, row.accepted, row.discarded) == (7, 3, 7, 4, 3)
+    assert row.tau == pytest.approx(7 / 3)
+    assert row.acceptance_rate == pytest.approx(4 / 7)
+    assert row.discard_rate == row.verification_rate == pytest.approx(3 / 7)
+    assert row.acceptance_conditional == pytest.approx([2 / 3, 1 / 2, 1])
+    assert row.acceptance_unconditional == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert row.speedup.value == pytest.approx(7 / 3)
+    costs = Costs(1.0, {"drafter": 0.5}, [1.0, 1.0, 1.0, 2.0], 0.1)
+    assert predict(row, costs) == pytest.approx(7 / (7 * 0.5 + (1 * 1.0 + 2 * 2.0) + 3 * 0.1))
+
+
+def test_the_interval_holds_the_figure():
     row = figures.summarise(*both(), 50, 0)
-    assert row.tau == pytest.approx(row.tokens / row.rounds)
-    assert row.verification_rate == pytest.approx(1 / row.tau)
-    assert row.drafted == row.accepted + row.discarded == sum(row.drafted_at)
-    assert row.accepted == sum(row.accepted_at)
-    assert row.acceptance_unconditional[2] == pytest.approx(
-        row.acceptance_conditional[0] * row.acceptance_conditional[1] * row.acceptance_conditional[2]
-    )
     assert row.speedup.low < row.speedup.value < row.speedup.high
-    assert row.speedup.value == pytest.approx(row.tokens_per_second / (row.baseline_tokens / row.baseline_seconds))
 
 
 def test_all_answers_left_out_gives_no_figures_and_no_error():

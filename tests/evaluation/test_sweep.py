@@ -161,6 +161,20 @@ def swept(run_length, weights, *methods):
     return sweep(record, asked, models, costs, weights, "greedy")
 
 
+def test_a_sweep_predicts_from_what_replay_counts():
+    """Two tokens are accepted, then one is not, ten times over; a draft step costs a tenth of a target forward."""
+    two, oracle = swept(6, {}, "Model(drafter, length=2)")
+    for point in (two, oracle):
+        assert (point.tau, point.discard_rate, point.verification_rate) == (3.0, 0.0, pytest.approx(1 / 3))
+        assert point.predicted_speedup == pytest.approx(30 / (20 * 0.1 + 10))
+    four, _ = swept(6, {}, "Model(drafter, length=4)")
+    assert four.tau == 3.0
+    assert four.discard_rate == pytest.approx(
+        2 * 10 / 30, abs=2 / 30
+    )  # less where the answer's end limits the last draft
+    assert four.predicted_speedup == pytest.approx(30 / (40 * 0.1 + 10), abs=0.05)
+
+
 def test_a_sweep_says_how_far_rules_drafted_on_beyond_the_traces():
     method = "Model(drafter, stop=Confidence(0.9, max=6))"
     short, long = swept(0, {}, method)[0], swept(6, {}, method)[0]

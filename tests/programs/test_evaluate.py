@@ -113,14 +113,7 @@ def test_counts_agree_between_report_and_samples(probe):
         for sample in samples:
             assert len(sample.sources) == len(sample.token_ids) == sample.counts["tokens"]
             assert sample.sources.count("target") == len(sample.sources) - sample.counts["accepted"]
-    assert report.baseline("greedy").overall.tau == 1 or report.baseline("greedy").overall.prompts == 0
-
-
-def test_the_oracle_bounds_what_replay_says_of_discards(probe):
-    report = read_report(probe)
-    for point in report.sweep:
-        assert point.discard_rate == 0 or point.kind != "oracle"
-        assert point.tau * point.verification_rate == pytest.approx(1)
+    assert report.baseline("greedy").overall.prompts > 0 and report.baseline("greedy").overall.tau == 1
 
 
 def test_the_last_lines_are_the_verdict_and_the_report(files, tmp_path, capsys):
