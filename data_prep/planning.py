@@ -11,7 +11,7 @@ from drafttrain.config import Parsed, TargetConfig
 from drafttrain.dialogue import end_tokens
 from drafttrain.errors import UserError
 from drafttrain.models.drafters import without_storage
-from drafttrain.models.loading import DTYPES, check_folder, load_tokenizer
+from drafttrain.models.loading import DTYPES, check_folder, load_model_config, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class TargetFacts:
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token of one row."""
         text = self.config.get_text_config()
-        heads = text.num_key_value_heads or text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return 2 * text.num_hidden_layers * heads * size * self.bytes_per_value
 
@@ -56,15 +56,12 @@ def target_facts(settings: TargetConfig) -> TargetFacts:
     Raises:
         UserError: there is no such model, or its files are damaged.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     check_folder(settings.path, weights=True)
     tokenizer = load_tokenizer(settings.path, settings.revision, settings.trust_remote_code)
     where = {"revision": settings.revision or "main"}
-    try:
-        config = AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code, **where)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{settings.path} has no readable config.json ({str(error).splitlines()[0]}).") from None
+    config = load_model_config(settings.path, settings.revision, settings.trust_remote_code)
     try:
         generation = GenerationConfig.from_pretrained(settings.path, **where)
     except OSError:  # many checkpoints have none; the config then holds the end token

@@ -17,7 +17,7 @@ from drafttrain.evaluation.names import sampling_name
 from drafttrain.evaluation.pair import head_names, speed_dtype
 from drafttrain.evaluation.sweep import settings
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
-from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_tokenizer
+from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_model_config, load_tokenizer
 from drafttrain.run_folder import RunFolder
 
 _SECTIONS = ("target", "drafter", "prompts", "evaluate", "seed")
@@ -62,10 +62,11 @@ def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
 
 
 def _context(recipe: Any, path: str) -> int:
-    from transformers import AutoConfig
-
-    code = recipe.target.trust_remote_code
-    configs = [AutoConfig.from_pretrained(each, trust_remote_code=code) for each in (recipe.target.path, path)]
+    target = recipe.target
+    configs = [
+        load_model_config(target.path, target.revision, target.trust_remote_code),
+        load_model_config(path, None, target.trust_remote_code),
+    ]
     return min(getattr(config.get_text_config(), "max_position_embeddings", _NO_LIMIT) for config in configs)
 
 

@@ -21,6 +21,7 @@ from drafttrain.models.loading import (
     check_folder,
     check_same_tokenizer,
     load_causal_lm,
+    load_model_config,
     load_tokenizer,
     vocabulary_size,
 )
@@ -70,13 +71,11 @@ def sketch_drafter(config: DrafterConfig, target: Loaded, trust_remote_code: boo
         target: its model may be without storage too.
         trust_remote_code: let the code of a pretrained drafter run.
     """
-    from transformers import AutoConfig
-
     path = config.init_from or (config.path if config.kind == "pretrained" else None)
     if path is not None:
         check_folder(path, weights=True)
         check_same_tokenizer(target.tokenizer, load_tokenizer(path, trust_remote_code=trust_remote_code), path)
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        shape = load_model_config(path, trust_remote_code=trust_remote_code)
     elif config.kind == "cut":
         shape = _cut_config(target.model.config, config.layers)[0]
     elif config.kind == "pretrained":

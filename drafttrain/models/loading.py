@@ -73,6 +73,7 @@ def drafter_path(recipe: Recipe, run: RunFolder) -> str:
     Raises:
         UserError: there is neither.
     """
+    restore_interrupted(run.drafter)
     if recipe.drafter.path is not None and (recipe.drafter.kind != "pretrained" or not run.drafter.exists()):
         return recipe.drafter.path
     if run.drafter.exists():
@@ -132,6 +133,19 @@ def load_causal_lm(
     if missing:
         raise UserError(f"the weights of {path} lack {missing[0]} and {len(missing) - 1} more; get a complete copy.")
     return model.eval()
+
+
+def load_model_config(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model, without its weights.
+
+    Raises:
+        UserError: there is none, it is damaged, or it could not be downloaded.
+    """
+    from transformers import AutoConfig
+
+    path = check_folder(path, weights=False)
+    with _told(path):
+        return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -252,7 +266,7 @@ class _told:
             ) from None
         if isinstance(error, ImportError):
             raise UserError(f"{self.path} needs a library that is not installed: {_one_line(error)}.") from None
-        if isinstance(error, OSError | ValueError | RuntimeError | KeyError) and local:
+        if isinstance(error, OSError | ValueError | RuntimeError | KeyError | AssertionError) and local:
             raise UserError(f"{self.path} cannot be loaded: {_one_line(error)}.") from error
         if isinstance(error, ValueError | OSError | HTTPError):
             raise UserError(

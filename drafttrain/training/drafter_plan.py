@@ -20,7 +20,15 @@ from drafttrain.config import Parsed, TargetConfig
 from drafttrain.distributed import say
 from drafttrain.models.drafters import inner, sketch_drafter, without_storage
 from drafttrain.models.fingerprint import Fingerprint, architecture_hash, tokenizer_hash
-from drafttrain.models.loading import DTYPES, Loaded, check_folder, default_device, load_tokenizer, max_context
+from drafttrain.models.loading import (
+    DTYPES,
+    Loaded,
+    check_folder,
+    default_device,
+    load_model_config,
+    load_tokenizer,
+    max_context,
+)
 from drafttrain.run_folder import RunFolder, require_space
 from drafttrain.training.drafter_data import ResponseDataset, Row, marked, read_responses, require_trainable
 from drafttrain.training.drafter_program import (
@@ -106,14 +114,10 @@ def read_shapes(parsed: Parsed) -> Shapes:
     Raises:
         UserError: no such model, another tokenizer, or a drafter that cannot be made.
     """
-    from transformers import AutoConfig
-
     settings = parsed.recipe.target
     check_folder(settings.path, weights=True)
     tokenizer = load_tokenizer(settings.path, settings.revision, settings.trust_remote_code)
-    config = AutoConfig.from_pretrained(
-        settings.path, revision=settings.revision or "main", trust_remote_code=settings.trust_remote_code
-    )
+    config = load_model_config(settings.path, settings.revision, settings.trust_remote_code)
     model = without_storage(config, settings.trust_remote_code)
     prints = Fingerprint(tokenizer_hash(tokenizer), architecture_hash(config), "")
     target = Loaded(model, tokenizer, prints, settings.path)

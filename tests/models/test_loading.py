@@ -7,14 +7,16 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from drafttrain.config import TargetConfig
+from drafttrain.config import Recipe, TargetConfig
 from drafttrain.errors import UserError, run_program
 from drafttrain.models.fingerprint import fingerprint
 from drafttrain.models.loading import (
     HTTPError,
     check_same_tokenizer,
+    drafter_path,
     load_causal_lm,
     load_drafter,
+    load_model_config,
     load_target,
     load_tokenizer,
     max_context,
@@ -22,6 +24,7 @@ from drafttrain.models.loading import (
     shared_vocabulary,
     vocabulary_size,
 )
+from drafttrain.run_folder import RunFolder
 from tests.conftest import build_llama, build_tokenizer
 
 
@@ -68,6 +71,16 @@ def test_a_model_loaded_to_be_trained_keeps_its_gradients(saved):
 def test_a_device_map_is_passed_on(saved):
     loaded = load_target(TargetConfig(path=str(saved), device_map={"": "cpu"}))
     assert loaded.model.device == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be such a device")
+def test_a_device_that_is_not_there_is_one_sentence(saved):
+    assert "cannot be loaded" in refusal(load_target, TargetConfig(path=str(saved), device_map={"": "cuda:7"}))
+
+
+def test_a_drafter_whose_replacement_was_interrupted_is_the_runs(tmp_path):
+    (tmp_path / ".drafter.old").mkdir()
+    assert drafter_path(Recipe(), RunFolder(tmp_path)) == str(tmp_path / "drafter")
 
 
 @pytest.mark.parametrize("path", ["/nowhere/model", "./model", "model", "a/b/c"])
@@ -154,7 +167,8 @@ def test_weights_that_do_not_fit_the_config_are_refused_not_drawn_at_random(save
 @pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "unheard_of"}'])
 def test_a_damaged_config_is_refused(saved, text):
     (saved / "config.json").write_text(text)
-    assert str(saved) in refusal(load_causal_lm, saved)
+    for load in (load_causal_lm, load_model_config):
+        assert str(saved) in refusal(load, saved)
 
 
 def test_code_of_the_model_runs_only_when_asked(saved, tmp_path):
