@@ -181,7 +181,7 @@ class ShardedWriter:
         _sync_folder(self.folder)
 
     def finish(self) -> None:
-        """Wait for all processes, verify every shard, and mark the data set complete.
+        """Wait for all processes, read the footer of every shard, and mark the data set complete.
 
         Raises:
             UserError: a shard is missing or damaged.
@@ -349,11 +349,12 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        sound = manifest.get("shard_rows", 1) >= 1 and ("shards" in manifest or not manifest.get("complete"))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no records (no {MANIFEST}); make them first or check the path.") from None
-    except (ValueError, UnicodeDecodeError):
-        raise UserError(f"{path} is damaged; delete {folder} and make it again.") from None
-    if not isinstance(manifest, dict):
+    except (ValueError, TypeError, AttributeError):
+        sound = False
+    if not sound:
         raise UserError(f"{path} is damaged; delete {folder} and make it again.")
     return manifest
 

@@ -266,11 +266,20 @@ def test_a_missing_data_set_is_named(tmp_path):
     assert "holds no records" in refusal(read_records, tmp_path / "nowhere", "responses")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "\x00", '{"kind": "responses", "schema_version": 1, "complete": true}']
+)
 def test_a_damaged_manifest_is_named(tmp_path, text):
     write_all(tmp_path)
     (tmp_path / MANIFEST).write_text(text)
     assert f"{MANIFEST} is damaged" in refusal(read_records, tmp_path, "responses")
+
+
+@pytest.mark.parametrize("shard_rows", [0, "3", None])
+def test_nothing_goes_on_with_an_impossible_shard_size(tmp_path, shard_rows):
+    recorded = {**write_all(tmp_path).manifest, "shard_rows": shard_rows}
+    (tmp_path / MANIFEST).write_text(json.dumps(recorded))
+    assert f"{MANIFEST} is damaged" in refusal(write_all, tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -30,7 +30,7 @@ def test_impossible_settings_are_refused(change, told):
 def responses_folder(tmp_path, source: str, temperature: float) -> RunFolder:
     run = RunFolder(tmp_path)
     run.responses.mkdir()
-    manifest = {"kind": "responses", "schema_version": 1, "complete": True, "source": source}
+    manifest = {"kind": "responses", "schema_version": 1, "complete": True, "shards": [], "source": source}
     manifest["sampling"] = vars(SamplingConfig(temperature=temperature))
     (run.responses / "manifest.json").write_text(json.dumps(manifest))
     return run
