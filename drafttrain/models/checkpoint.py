@@ -117,15 +117,15 @@ def read_info(folder: str | os.PathLike[str]) -> CheckpointInfo:
     path = folder / INFO
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("schema_version", 0) > SCHEMA_VERSION:
+            raise UserError(f"{path} was written by a newer drafttrain; update this one.")
+        return CheckpointInfo.from_dict(values)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder} is no checkpoint of drafttrain (no {INFO}); train one there or check the path."
         ) from None
-    except ValueError:
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is damaged; train it again or restore the file.") from None
-    if values.get("schema_version", 0) > SCHEMA_VERSION:
-        raise UserError(f"{path} was written by a newer drafttrain; update this one.")
-    return CheckpointInfo.from_dict(values)
 
 
 def restore_interrupted(folder: Path) -> None:

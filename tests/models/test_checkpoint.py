@@ -173,9 +173,11 @@ def test_a_missing_damaged_or_newer_description_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no checkpoint of drafttrain"):
         read_info(tmp_path)
     path = tmp_path / "drafttrain.json"
-    path.write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        read_info(tmp_path)
+    foreign = {"schema_version": "2", "kind": "drafter"}
+    for text in ("{", "[]", "{}", json.dumps(foreign), '{"kind": "drafter", "target": {"weights": "cc"}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            read_info(tmp_path)
     path.write_text(json.dumps({"schema_version": 99, "kind": "drafter"}))
     with pytest.raises(UserError, match="newer drafttrain"):
         read_info(tmp_path)
