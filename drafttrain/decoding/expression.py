@@ -112,6 +112,9 @@ class _Named:
     name: str
     value: Any
 
+    def __repr__(self) -> str:
+        return self.name
+
 
 def _autoregressive() -> None:
     return None
@@ -162,8 +165,7 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
 
 def _require(member: object, fits: Callable[[Any], bool], kind: str) -> None:
     if not isinstance(member, _Named) or not fits(member.value):
-        name = member.name if isinstance(member, _Named) else repr(member)
-        raise UserError(f"{name} in the method is not {kind}")
+        raise UserError(f"{member!r} in the method is not {kind}")
 
 
 def _check_lengths(constructor: str, **values: object) -> None:
@@ -228,10 +230,7 @@ def signature_text(name: str) -> str:
 def _build(value: Any, members: Mapping[str, Any]) -> Any:
     if isinstance(value, Expression):
         arguments = {name: _build(argument, members) for name, argument in value.arguments}
-        try:
-            return CONSTRUCTORS[value.name](**arguments)
-        except TypeError as error:
-            raise UserError(f"{value} cannot be built: {error}") from None
+        return CONSTRUCTORS[value.name](**arguments)
     if isinstance(value, Member):
         if value.name not in members:
             raise UserError(f"the method names {value.name}, which is not there; {_nearest(value.name, list(members))}")

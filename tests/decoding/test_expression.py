@@ -128,6 +128,7 @@ def test_malformed_methods_are_refused_in_a_sentence(text, message):
         ("Model(drafter, stop=AcceptanceHead(drafter, 0.7))", "drafter in the method is not an acceptance head"),
         ("Model(drafter, stop=Confidence(1.5))", "not a probability"),
         ("Model(drafter, stop=Confidence('a'))", "Confidence's threshold is 'a'"),
+        ("Model(drafter, stop=Confidence(drafter))", "Confidence's threshold is drafter, but it must be a number"),
         ("Model(drafter, stop=Confidence(0.5, max=2.5))", "Confidence's max is 2.5"),
         ("Confidence(0.4)", "is no drafter"),
     ],
@@ -135,3 +136,12 @@ def test_malformed_methods_are_refused_in_a_sentence(text, message):
 def test_methods_that_cannot_be_built_are_refused_in_a_sentence(members, text, message):
     with pytest.raises(UserError, match=message):
         build(text, members)
+
+
+def test_a_bug_in_a_constructor_keeps_its_traceback(members, monkeypatch):
+    def broken(self, *arguments):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(Confidence, "__init__", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        build("Model(drafter, stop=Confidence(0.5))", members)
