@@ -14,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from drafttrain.errors import UserError
-
-if TYPE_CHECKING:
-    from drafttrain.decoding.engine import Engine
 
 
 class Step:
@@ -204,8 +201,6 @@ class AcceptanceHeadRule(_Product):
 
     def __init__(self, head: Head, threshold: float, min_length: int = 1, max_length: int = 12) -> None:
         super().__init__(threshold, min_length, max_length)
-        if head.state not in ("producing", "consumed"):
-            raise UserError(f"an acceptance head's state is 'producing' or 'consumed', not {head.state!r}")
         self.head = head
         self._previous: Step | None = None
 
@@ -235,7 +230,7 @@ class Oracle(_Rule):
     """Perfect stopping for greedy decoding: draft exactly the tokens that will be accepted, none that is not.
 
     Args:
-        matches: by sample id, from `greedy_matches`.
+        matches: by sample id, whether the drafter's greedy token at each place of the text is the target's.
         max_length: drafts are cut here.
     """
 
@@ -258,23 +253,3 @@ class Oracle(_Rule):
         while end < len(matches) and end - start < self.max_length and matches[end]:
             end += 1
         return end - start
-
-
-@torch.inference_mode()
-def greedy_matches(drafter: Engine, prompt: Sequence[int], response: Sequence[int]) -> list[bool]:
-    """Where the drafter's greedy token, given the reference before it, is the reference's.
-
-    Args:
-        drafter: the model that will draft.
-        prompt: token ids.
-        response: the target's greedy continuation.
-
-    Returns:
-        one flag a position of prompt ++ response; the prompt's are False.
-    """
-    text = [*prompt, *response]
-    cache = drafter.new_cache(1, len(text))
-    drafter.read(cache, [text[: len(prompt) - 1]])
-    block = torch.tensor([text[len(prompt) - 1 : -1]], device=drafter.device)
-    choice = drafter.forward(cache, block).logits[0].float().argmax(-1).tolist()
-    return [False] * len(prompt) + [mine == theirs for mine, theirs in zip(choice, response, strict=True)]

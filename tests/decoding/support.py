@@ -55,6 +55,26 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
     return torch.special.gammaincc(freedom, statistic / 2).item()
 
 
+@torch.inference_mode()
+def greedy_matches(drafter: Engine, prompt: Sequence[int], response: Sequence[int]) -> list[bool]:
+    """Where the drafter's greedy token, given the reference before it, is the reference's.
+
+    Args:
+        drafter: the model that will draft.
+        prompt: token ids.
+        response: the target's greedy continuation.
+
+    Returns:
+        one flag a position of prompt ++ response; the prompt's are False.
+    """
+    text = [*prompt, *response]
+    cache = drafter.new_cache(1, len(text))
+    drafter.read(cache, [text[: len(prompt) - 1]])
+    block = torch.tensor([text[len(prompt) - 1 : -1]], device=drafter.device)
+    choice = drafter.forward(cache, block).logits[0].float().argmax(-1).tolist()
+    return [False] * len(prompt) + [mine == theirs for mine, theirs in zip(choice, response, strict=True)]
+
+
 class WatchedDrafter(ModelDrafter):
     """Asserts after every round that its cache ++ pending tokens = committed ++ prefix."""
 

@@ -17,11 +17,10 @@ from drafttrain.decoding.stopping import (
     FixedLength,
     Oracle,
     Step,
-    greedy_matches,
 )
 from drafttrain.errors import UserError
 from drafttrain.ops.sampling import Sampling
-from tests.decoding.support import pair
+from tests.decoding.support import greedy_matches, pair
 
 
 def step(number: int, q: list[float], hidden: list[float] | None = None) -> Step:
@@ -119,8 +118,6 @@ def test_impossible_rules_are_refused():
         FixedLength(0)
     with pytest.raises(UserError, match="not a probability"):
         Confidence(1.5)
-    with pytest.raises(UserError, match="'producing' or 'consumed'"):
-        AcceptanceHeadRule(Recorder("both"), 0.5)
 
 
 # ---- in the decoder ----
