@@ -5,16 +5,17 @@ drafttrain export --config R --run D --to transformers
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import ModuleType
 
 from drafttrain.config import Parsed, TargetConfig
-from drafttrain.errors import UserError
 from drafttrain.export import to_sglang, to_transformers, to_vllm
 from drafttrain.export.advice import Advice, advise
-from drafttrain.export.plain import comparison_rows, fit_vocabulary, refuse_foreign, write_checked
+from drafttrain.export.plain import compare_or_raise, comparison_rows, fit_vocabulary
 from drafttrain.export.source import Source, exported_info, load_source
-from drafttrain.models.loading import max_context, vocabulary_size
+from drafttrain.models.checkpoint import refuse_foreign, save_checkpoint
+from drafttrain.models.loading import load_model_config, max_context, vocabulary_size
 from drafttrain.run_folder import RunFolder
 
 CONSUMERS: dict[str, ModuleType] = {module.NAME: module for module in (to_transformers, to_vllm, to_sglang)}
@@ -50,29 +51,26 @@ def export(parsed: Parsed) -> Path:
 def _write(
     folder: Path, source: Source, advice: Advice, consumer: ModuleType, target: TargetConfig, run: RunFolder, use: str
 ) -> None:
-    model = source.plain()
+    model = copy.deepcopy(source.original)
     consumer.prepare(model, advice)
     if fit_vocabulary(model, _target_vocabulary(target)):
         print(f"the vocabulary was padded or cut to the target's {vocabulary_size(model)} entries.")
     info = exported_info(source, consumer.NAME, advice.tokens, _card(consumer, advice, use))
     rows = comparison_rows(run, 1 + max(source.tokenizer.get_vocab().values()), max_context(model))
-    found = write_checked(folder, model, source.original, source.tokenizer, info, rows)
-    print(
-        f"reloaded and compared on {found.tokens} tokens: largest logit difference {found.largest:.2g}, "
-        f"total variation {found.total_variation:.2g}."
-    )
+
+    def check(written: Path) -> None:
+        found = compare_or_raise(source.original, written, rows)
+        print(
+            f"reloaded and compared on {found.tokens} tokens: largest logit difference {found.largest:.2g}, "
+            f"total variation {found.total_variation:.2g}."
+        )
+
+    save_checkpoint(folder, model, source.tokenizer, info, check)
 
 
 def _target_vocabulary(target: TargetConfig) -> int:
     """Rows of the target's embedding, from its config alone."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            target.path, revision=target.revision or "main", trust_remote_code=target.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{target.path} has no readable config.json ({str(error).splitlines()[0]}).") from None
+    config = load_model_config(target.path, target.revision, target.trust_remote_code)
     return config.get_text_config().vocab_size
 
 

@@ -1,21 +1,18 @@
-"""The plain Hugging Face folder that every consumer reads: written aside, reloaded, compared, then moved into place."""
+"""The plain Hugging Face folder that every consumer reads: its vocabulary, and that it computes the same."""
 
 # B batch, T time, V vocabulary
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from drafttrain.errors import UserError
-from drafttrain.models.checkpoint import INFO, CheckpointInfo, save_checkpoint
 from drafttrain.models.loading import load_drafter, vocabulary_size
 from drafttrain.records import iter_records
 from drafttrain.run_folder import RunFolder
@@ -24,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS, _ROW_TOKENS = 4, 256
-_MOST_TV_SAME, _MOST_TV_MERGED = 1e-4, 1e-2
-"""Largest total variation distance to the original, mean over tokens: of a copy, and where LoRA was rounded in."""
+_MOST_TV = 1e-4
+"""Largest total variation distance to the original, mean over tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,49 +41,24 @@ class Comparison:
     total_variation: float
 
 
-def write_checked(
-    folder: Path, model: PreTrainedModel, original: nn.Module, tokenizer: Any, info: CheckpointInfo, rows: Tensor
-) -> Comparison:
-    """Write a model, reload it and compare it with the original; only then does it get its name.
+def compare_or_raise(original: nn.Module, written: Path, rows: Tensor) -> Comparison:
+    """Reload a model and compare it with the original.
 
     Args:
-        folder: final place; an older export there is replaced.
-        model: to be written, plain.
         original: what its logits are compared with.
-        tokenizer: written beside it.
-        info: for drafttrain.json and the model card.
+        written: the folder.
         rows: token ids [B, T] to compare on.
 
     Raises:
-        UserError: something that is no export of ours stands there, or the reloaded model computes something else.
+        UserError: the reloaded model computes something else.
     """
-    refuse_foreign(folder)
-    aside = folder.parent / f".unchecked-{folder.name}-{os.getpid()}"
-    try:
-        written = save_checkpoint(aside / folder.name, model, tokenizer, info)
-        found = compare(original, load_drafter(str(written)).model, rows)
-        bound = _MOST_TV_SAME if model.dtype == original.dtype and not _has_lora(original) else _MOST_TV_MERGED
-        if not found.total_variation <= bound:  # NaN is refused too
-            raise UserError(
-                f"the export of {folder.name} reloads with other logits (total variation "
-                f"{found.total_variation:.2g} > {bound:g} on {found.tokens} tokens); nothing was written."
-            )
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(written, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    found = compare(original, load_drafter(str(written)).model, rows)
+    if not found.total_variation <= _MOST_TV:  # NaN is refused too
+        raise UserError(
+            f"the export reloads with other logits (total variation {found.total_variation:.2g} > {_MOST_TV:g} on "
+            f"{found.tokens} tokens); nothing was written."
+        )
     return found
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Refuse to replace what this program did not write.
-
-    Raises:
-        UserError: names it.
-    """
-    if folder.exists() and not (folder / INFO).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no export of drafttrain; move it away or choose another --output.")
 
 
 @torch.no_grad()
@@ -142,9 +114,3 @@ def _answers(run: RunFolder) -> Sequence[list[int]]:
         return [row["prompt_ids"] + row["response_ids"] for row, _ in zip(rows, range(256), strict=False)]
     except UserError:  # unfinished or damaged responses are no reason not to export
         return []
-
-
-def _has_lora(model: nn.Module) -> bool:
-    from drafttrain.models.drafters import is_lora
-
-    return is_lora(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 from drafttrain.config import Parsed
 from drafttrain.errors import UserError
 from drafttrain.models.checkpoint import INFO, CheckpointInfo, read_info
-from drafttrain.models.fingerprint import Fingerprint, fingerprint
+from drafttrain.models.fingerprint import Fingerprint
 from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_drafter, load_tokenizer
 from drafttrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
-
-_ADAPTER = "adapter_config.json"
 
 LOADABLE = ("drafter", "target")
 """Kinds of checkpoints that are ordinary causal LMs; no engine loads any other kind of ours."""
@@ -31,25 +27,17 @@ class Source:
 
     Attributes:
         path: where it was read.
-        original: the model as it was trained; around LoRA updates a peft model.
+        original: the model as it was trained.
         tokenizer: its tokenizer, which is the target's.
         info: what the checkpoint says of itself.
         fingerprint: of the model as stored.
     """
 
     path: str
-    original: nn.Module
+    original: PreTrainedModel
     tokenizer: Any
     info: CheckpointInfo
     fingerprint: Fingerprint
-
-    def plain(self) -> PreTrainedModel:
-        """A copy of the model with LoRA updates added into its weights."""
-        import copy
-
-        from drafttrain.models.drafters import merged
-
-        return merged(copy.deepcopy(self.original))
 
 
 def load_source(parsed: Parsed) -> Source:
@@ -64,14 +52,11 @@ def load_source(parsed: Parsed) -> Source:
     path = drafter_path(recipe, run)
     refuse_unloadable(path)
     info = read_info(path) if (Path(path) / INFO).exists() else CheckpointInfo("drafter", recipe=parsed.resolved)
-    if (Path(path) / _ADAPTER).exists():
-        model, tokenizer = _with_adapter(Path(path), recipe.target.trust_remote_code)
-    else:
-        loaded = load_drafter(path, trust_remote_code=recipe.target.trust_remote_code)
-        model, tokenizer = loaded.model, loaded.tokenizer
+    loaded = load_drafter(path, trust_remote_code=recipe.target.trust_remote_code)
     target = recipe.target
-    check_same_tokenizer(load_tokenizer(target.path, target.revision, target.trust_remote_code), tokenizer, path)
-    return Source(path, model, tokenizer, info, fingerprint(model, tokenizer))
+    tokenizer = load_tokenizer(target.path, target.revision, target.trust_remote_code)
+    check_same_tokenizer(tokenizer, loaded.tokenizer, path)
+    return Source(path, loaded.model, loaded.tokenizer, info, loaded.fingerprint)
 
 
 def refuse_unloadable(path: str | None) -> None:
@@ -88,21 +73,6 @@ def refuse_unloadable(path: str | None) -> None:
             f"{path} is of the kind {kind.replace('_', ' ')}, which no other engine loads; it works with the bundled "
             "decoder only (drafttrain evaluate), so export a plain drafter instead."
         )
-
-
-def _with_adapter(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, Any]:
-    """A peft model around the base that the adapter names, and the tokenizer of either."""
-    import peft
-
-    settings = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
-    base = settings.get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{folder / _ADAPTER} does not name its base model; set base_model_name_or_path there.")
-    if not (folder / "adapter_model.safetensors").exists():
-        raise UserError(f"{folder} has no adapter_model.safetensors; this program reads safetensors only.")
-    loaded = load_drafter(base, trust_remote_code=trust_remote_code)
-    model = peft.PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False)
-    return model.eval(), loaded.tokenizer
 
 
 def exported_info(source: Source, consumer: str, tokens: int, usage: str) -> CheckpointInfo:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -70,7 +71,13 @@ class CheckpointInfo:
         return cls(**known)
 
 
-def save_checkpoint(folder: str | os.PathLike[str], model: Any, tokenizer: Any, info: CheckpointInfo) -> Path:
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: Any,
+    tokenizer: Any,
+    info: CheckpointInfo,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
     """Write a checkpoint, replacing an older one of this name. One process calls it.
 
     Args:
@@ -78,6 +85,7 @@ def save_checkpoint(folder: str | os.PathLike[str], model: Any, tokenizer: Any, 
         model: anything with `save_pretrained(folder)`, which must write safetensors.
         tokenizer: saved beside it; None for models without one (heads).
         info: completed with versions and git commit.
+        check: looks at what was written before it gets its name; where it raises, the older one stays.
 
     Returns:
         `folder`.
@@ -87,7 +95,7 @@ def save_checkpoint(folder: str | os.PathLike[str], model: Any, tokenizer: Any, 
     """
     folder = Path(folder)
     restore_interrupted(folder)
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     info.versions, info.git_commit = versions(), git_commit()
     temporary = _beside(folder, "new")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -99,6 +107,8 @@ def save_checkpoint(folder: str | os.PathLike[str], model: Any, tokenizer: Any, 
         (temporary / INFO).write_text(json.dumps(info.to_dict(), indent=1) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(model_card(folder.name, info), encoding="utf-8")
         _sync(temporary)
+        if check is not None:
+            check(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -133,6 +143,16 @@ def restore_interrupted(folder: Path) -> None:
     aside = _beside(folder, "old")
     if not folder.exists() and aside.exists():
         os.rename(aside, folder)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to replace what this program did not write.
+
+    Raises:
+        UserError: names it.
+    """
+    if folder.exists() and not (folder / INFO).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no checkpoint of drafttrain; move it away or choose another folder.")
 
 
 def versions() -> dict[str, str]:
@@ -226,11 +246,6 @@ def _git(*arguments: str) -> str:
 
 def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not (folder / INFO).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no checkpoint of drafttrain; move it away or choose another folder.")
 
 
 def _sync(folder: Path) -> None:

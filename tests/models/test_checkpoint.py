@@ -156,6 +156,19 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_litter(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 
 
+def test_what_a_check_refuses_gets_no_name(tmp_path):
+    save(tmp_path / "head", "old")
+
+    def check(written):
+        assert (written / "model.safetensors").read_text() == "new"
+        raise UserError("other logits")
+
+    with pytest.raises(UserError, match="other logits"):
+        save_checkpoint(tmp_path / "head", Model("new"), None, info(), check)
+    assert read_info(tmp_path / "head").metrics == {"value": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
 def test_what_is_not_ours_is_never_replaced(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
