@@ -16,8 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, PreTrainedConfig
 
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
@@ -119,7 +118,7 @@ def attention(
         query: [B, N, Q, D].
         key: [B, M, S, D].
         value: [B, M, S, D].
-        attention_mask: from `prepare_mask`, or an ordinary mask [B, 1, Q, S], bool or additive.
+        attention_mask: from `prepare_mask`, or an additive one [B, 1, Q, S].
         scaling: multiplies the scores; None is 1 / sqrt(D).
         softcap: scores are squashed to softcap * tanh(score / softcap) (Gemma 2).
 
@@ -158,19 +157,9 @@ def _capped_attention(
     scores = query @ key.transpose(2, 3) * scaling
     scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        if mask.dtype == torch.bool:  # another caller's: its padding rows may see nothing at all, so no -inf
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
+        scores = scores + mask
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     return scores.softmax(-1, dtype=wide).to(query.dtype) @ value
 
 
-def _mask_for_others(*args: object, allow_is_causal_skip: bool = True, **kwargs: object) -> Tensor | None:
-    """The mask for callers who bring none of their own: always a real one, since `attention` infers nothing."""
-    kwargs["allow_is_bidirectional_skip"] = False
-    return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
-
-
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, _mask_for_others)

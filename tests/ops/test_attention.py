@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 from drafttrain.decoding.engine import Engine
-from drafttrain.ops.attention import FOLD_ROWS, NAME
+from drafttrain.ops.attention import FOLD_ROWS
 
 BASE = {
     "vocab_size": 64,
@@ -156,17 +156,6 @@ def test_the_model_keeps_its_own_attention(rows):
     with torch.inference_mode():
         engine.forward(engine.new_cache(1), torch.tensor([rows[0]]))
     assert model.config._attn_implementation == "eager"
-
-
-@torch.no_grad()
-def test_other_callers_of_the_registered_attention_get_real_masks(model, rows):
-    """`attn_implementation="drafttrain"` outside the engine: no cache of ours, padding on the left."""
-    tokens = torch.tensor([rows[0][:8], [0, 0, 0, *rows[1][:5]]])
-    padding = torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]])
-    own = model(tokens, attention_mask=padding).logits
-    model.config._attn_implementation = NAME
-    ours = model(tokens, attention_mask=padding).logits
-    assert (own - ours)[padding.bool()].abs().max() < 1e-5
 
 
 def test_what_the_attention_lacks_is_refused(rows):
