@@ -71,6 +71,7 @@ def test_an_unknown_task_in_a_stage_is_one_sentence():
         ("stages: [{steps: x}]", "pretrain.stages"),
         ("stages: [{lenghts: {64: 1}}]", "did you mean pretrain.stages.lengths"),
         ("stages: [{steps: 0}]", "pretrain.stages.steps must be at least 1"),
+        ("warmup_steps: -1", "pretrain.warmup_steps must be at least 0"),
         ("stages: [{mixture: {code: 1}}]", "lengths is {}, but it needs shares above 0"),
         ("stages: [{lengths: {64: 1}, mixture: {code: 0}}]", "mixture is {'code': 0"),
         ("model: {hiden_size: 3}", "pretrain.model: llama has no setting hiden_size; did you mean hidden_size"),
