@@ -43,13 +43,14 @@ class Branches:
 
     def __init__(self, model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
         self._model = model
+        self._config = model.config.get_text_config()
         self._length = max(map(len, sequences))
         weight = model.get_input_embeddings().weight
         device = weight.device
         tokens_BL = torch.tensor([[*row, *[0] * (self._length - len(row))] for row in sequences], device=device)
         tokens_BL.clamp_(max=len(weight) - 1)  # a token that the drafter lacks is read as its last, as in decoding
-        self._cache = DenseCache(model.config.num_hidden_layers, len(sequences), device, self._length)
-        self._windows = layer_windows(model.config)
+        self._cache = DenseCache(self._config.num_hidden_layers, len(sequences), device, self._length)
+        self._windows = layer_windows(self._config)
         self._cache.open(self._length)
         positions_1L = self._cache.query_positions()
         masks = {kind: self._causal(positions_1L, window) for kind, window in self._windows.items()}
@@ -78,7 +79,7 @@ class Branches:
 
     @torch.no_grad()
     def _read(self, tokens_BQ: Tensor, positions_BQ: Tensor, masks: dict[str, Tensor]) -> Tensor:
-        with attending(self._model.config):
+        with attending(self._config):
             hidden_BQH = self._model.get_decoder()(
                 input_ids=tokens_BQ,
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
@@ -90,9 +91,9 @@ class Branches:
         return hidden_BQH
 
     def _causal(self, positions_1L: Tensor, window: int | None) -> Tensor:
-        config = self._model.config
-        groups = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
-        softcap = getattr(config, "attn_logit_softcapping", None) is not None
+        heads = self._config.num_attention_heads
+        groups = heads // (getattr(self._config, "num_key_value_heads", None) or heads)
+        softcap = getattr(self._config, "attn_logit_softcapping", None) is not None
         return prepare_mask(self._cache, positions_1L, self._model.dtype, groups, window, softcap)
 
     def _branch_mask(self, window: int | None) -> Tensor:

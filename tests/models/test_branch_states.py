@@ -15,12 +15,12 @@ RUNS = [1, 2, 3, 4, 5, 6]
 
 def alone(model, tokens):
     """Last hidden states of a plain forward pass."""
-    return model.model(torch.tensor([tokens])).last_hidden_state[0]
+    return model.get_decoder()(torch.tensor([tokens])).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("kind", ["llama", "sliding"])
+@pytest.mark.parametrize("kind", ["llama", "sliding", "gpt2"])
 def test_states_are_those_of_separate_passes(kind):
-    model = build_llama(seed=3).double() if kind == "llama" else _mistral_with_window(4)
+    model = {"llama": _llama, "sliding": _mistral_with_window, "gpt2": _gpt2}[kind]().double()
     states = batch_branch_states(model, [(PROMPT, RESPONSE, DRAFT, RUNS)])[0]
     for i, token in enumerate(DRAFT):
         seen = [*PROMPT, *RESPONSE[:i]]
@@ -61,7 +61,19 @@ def test_rows_that_do_not_fit_together_are_refused(tiny_target, row, told):
         batch_branch_states(tiny_target, [row])
 
 
-def _mistral_with_window(window):
+def _llama():
+    return build_llama(seed=3)
+
+
+def _gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).eval()
+
+
+def _mistral_with_window():
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -72,7 +84,7 @@ def _mistral_with_window(window):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=window,
+        sliding_window=4,
         initializer_range=0.2,
     )
-    return MistralForCausalLM(config).eval().double()
+    return MistralForCausalLM(config).eval()
