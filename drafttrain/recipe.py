@@ -216,7 +216,7 @@ class HeadConfig:
     data: Literal["mixed", "exact", "expected", "rounds"] = "exact"
     """exact (each drafted token after the response's own prefix), expected (all likely tokens there, weighing their
     probability; state producing, plain temperatures), mixed (published: token mixing, state consumed only)
-    or rounds (drafting rounds as when decoding, with the tokens drafted beyond a rejection)"""
+    or rounds (the positions and steps of drafting rounds, as when decoding)"""
     init_from: str | None = field(default=None, metadata=PATH)
     """a head to continue from"""
     calibrated: bool = True

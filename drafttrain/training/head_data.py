@@ -14,12 +14,10 @@ expected
 mixed
     published: prompt ++ Z, where Z keeps X with probability r and takes Y elsewhere; trained where Z = Y (mixing.py).
 rounds
-    whole drafting rounds of random length, with the tokens that the drafter says after a rejection: those are
-    discarded whatever they are, so their label is 0. The head then sees the states that it meets while decoding
-    past an unnoticed rejection, which the other two never show it.
+    whole drafting rounds of random length, up to the rejected token: of the positions of a response, those that are
+    drafted while decoding, at the steps at which they are.
 
-The states of a response are laid out flat: first T rows, one a response position, then R rows for the run of each
-rejected position. `Examples.index` points into that layout; head_states.py fills it.
+`Examples.index` says which response position's state an example reads; head_states.py looks it up.
 """
 
 from __future__ import annotations
@@ -40,11 +38,11 @@ from drafttrain.ops.random import sample_id, uniform
 from drafttrain.ops.sampling import Sampling
 from drafttrain.training.mixing import mix_tokens
 
-# S responses, T response positions, M rejected positions, R tokens of a run, N examples, k stored tokens, E likely ones
+# T response positions, N examples, k stored tokens, E likely ones
 
 COLUMNS = (
     *("prompt_id", "split", "turn", "prompt_ids", "response_ids", "draft_ids"),
-    *("log_p", "log_q", "entropy", "run_ids", "run_log_q", "run_scores"),
+    *("log_p", "log_q", "entropy"),
     *("p_top_ids", "p_top_logits", "q_top_ids", "q_top_logits", "log_z_p", "log_z_q"),
 )
 """What is read of a trace record."""
@@ -82,7 +80,6 @@ class Trace:
         prompt: token ids.
         response_T, draft_T: X and Y, int64.
         label_T: P of each Y, float32; log_q_T and entropy_T of the q that drew it.
-        run_ids_MR: tokens drafted after each rejected Y, with run_log_q_MR and run_entropy_MR (None if not traced).
         likely: for data expected; None for greedy decoding, whose Y is the only one possible.
     """
 
@@ -93,15 +90,7 @@ class Trace:
     label_T: Tensor
     log_q_T: Tensor
     entropy_T: Tensor
-    run_ids_MR: Tensor
-    run_log_q_MR: Tensor
-    run_entropy_MR: Tensor | None
     likely: Likely | None = None
-
-    @property
-    def rejected(self) -> list[int]:
-        """Response positions where Y was rejected: Y is coupled to X, so where they differ."""
-        return torch.nonzero(self.draft_T != self.response_T).flatten().tolist()
 
     @property
     def accepted_before_T(self) -> Tensor:
@@ -118,16 +107,12 @@ class Layout:
 
     Attributes:
         greedy: whether they were made for greedy decoding.
-        run_length: R.
-        scores: names of the stored scores, in order.
         top_k, temperatures: stored tokens of both models and stored log Z, a position.
         temperature, log_z: of the decoding setting, and its place among the stored log Z; None unless the setting is a
             temperature and nothing else, so that stored logits tell p and q.
     """
 
     greedy: bool
-    run_length: int
-    scores: tuple[str, ...]
     top_k: int = 0
     temperatures: int = 0
     temperature: float = 0.0
@@ -141,8 +126,6 @@ class Layout:
         plain = sampling == Sampling(sampling.temperature) and sampling.temperature in temperatures
         return cls(
             greedy=sampling.greedy,
-            run_length=int(manifest.get("run_length") or 0),
-            scores=tuple(manifest.get("scores") or ()),
             top_k=int(manifest.get("top_k") or 0),
             temperatures=len(temperatures),
             temperature=sampling.temperature,
@@ -161,9 +144,6 @@ class Layout:
         if not len(response_T) == len(draft_T) == len(log_p_T) == len(log_q_T) == len(entropy_T):
             raise UserError(f"the trace of prompt {record['prompt_id']} has columns of unequal length; make it again.")
         equal_T = response_T == draft_T
-        rejected = int((~equal_T).sum())
-        shape = (rejected, self.run_length)
-        run_scores = _floats(record["run_scores"]).reshape(len(self.scores), *shape)
         return Trace(
             sample=sample_id(record["prompt_id"], record["turn"]),
             prompt=list(record["prompt_ids"]),
@@ -172,9 +152,6 @@ class Layout:
             label_T=equal_T.float() if self.greedy else (log_p_T - log_q_T).clamp_max(0.0).exp(),
             log_q_T=log_q_T,
             entropy_T=entropy_T,
-            run_ids_MR=torch.tensor(record["run_ids"], dtype=torch.long).reshape(shape),
-            run_log_q_MR=_floats(record["run_log_q"]).reshape(shape),
-            run_entropy_MR=run_scores[self.scores.index("entropy")] if "entropy" in self.scores else None,
             likely=self._likely(record, draft_T) if likely and self.log_z is not None else None,
         )
 
@@ -204,22 +181,12 @@ class Layout:
         """Refuse a head that these traces cannot train.
 
         Raises:
-            UserError: rounds are asked for, but the runs were not traced, or not with what the head reads; or expected
-                labels of traces that do not tell them.
+            UserError: expected labels of traces that do not tell them.
         """
         if config.data == "expected" and self.log_z is None and not self.greedy:
             raise UserError(
                 "head.data expected needs traces of a plain temperature (no top-k, top-p, min-p or penalty) with log Z "
                 "at it; take head.data exact."
-            )
-        if config.data != "rounds":
-            return
-        if self.run_length == 0:
-            raise UserError("head.data rounds needs traces with runs; set traces.run_length (8, say) and trace again.")
-        if "entropy" in config.features and "entropy" not in self.scores:
-            raise UserError(
-                "head.data rounds with the feature entropy needs it of the runs; add entropy to traces.scores and "
-                "trace again, or take it out of head.features."
             )
 
 
@@ -247,21 +214,22 @@ class Examples:
 
 def make_examples(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: int) -> Examples:
     """Examples of one response in one epoch, as `config.data` says."""
-    if config.data == "rounds":
-        return _rounds(trace, config, seed, epoch)
     tokens_T, index_N = trace.response_T, torch.arange(len(trace.draft_T))
     if config.data == "mixed":
         draws = {"seed": seed, "epoch": epoch, "sample": trace.sample}
         tokens_T, trained_T = mix_tokens(trace.response_T, trace.draft_T, config.mixing, **draws)
         index_N = index_N[trained_T]
-    step_T = _random_steps(trace, config.max_length, seed, epoch)
+    if config.data == "rounds":
+        index_N, step_N = _rounds(trace, config, seed, epoch)
+    else:
+        step_N = _random_steps(trace, config.max_length, seed, epoch)[index_N]
     drafted = Examples(
         tokens_T=tokens_T,
         index_N=index_N,
         drafted_N=trace.draft_T[index_N],
         log_q_N=trace.log_q_T[index_N],
         entropy_N=trace.entropy_T[index_N],
-        step_N=step_T[index_N],
+        step_N=step_N,
         label_N=trace.label_T[index_N],
         weight_N=torch.ones(len(index_N)),
     )
@@ -291,41 +259,26 @@ def _random_steps(trace: Trace, max_length: int, seed: int, epoch: int) -> Tenso
     return 1.0 + (u_T * possible_T).floor().float()
 
 
-def _rounds(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: int) -> Examples:
-    """Rounds through the whole response, each of a length drawn between the head's limits."""
-    total, run_length = len(trace.draft_T), trace.run_ids_MR.shape[1]
+def _rounds(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """Rounds through the whole response, of lengths drawn between the head's limits: positions and steps [N]."""
+    total = len(trace.draft_T)
     positions = torch.arange(total)
     u_T = uniform(seed, f"head rounds, epoch {epoch}", torch.full_like(positions, trace.sample), positions)
     low, high = config.min_length, config.max_length
     length_T = (low + (u_T * (high - low + 1)).floor().long()).tolist()
-    rejected, row = trace.rejected, 0
+    rejected_T = (trace.draft_T != trace.response_T).tolist()
     index: list[int] = []
     step: list[int] = []
     start = 0
     while start < total:
-        row = next((m for m in range(row, len(rejected)) if rejected[m] >= start), len(rejected))
-        end = rejected[row] if row < len(rejected) else total
-        wanted = length_T[start]
-        alive = min(wanted, end - start + 1, total - start)  # the rejected token itself counts as drafted
-        beyond = min(wanted - alive, run_length) if end < total and alive == end - start + 1 else 0
-        index += range(start, start + alive)
-        index += range(total + row * run_length, total + row * run_length + beyond)
-        step += range(1, alive + beyond + 1)
-        # all drafted tokens accepted: the target adds one more; else it replaces the rejected one
-        start = min(start + alive + 1, end + 1)
-    index_N = torch.tensor(index, dtype=torch.long)
-    dead_MR = torch.zeros_like(trace.run_log_q_MR)
-    run_entropy_MR = dead_MR if trace.run_entropy_MR is None else trace.run_entropy_MR
-    return Examples(
-        tokens_T=trace.response_T,
-        index_N=index_N,
-        drafted_N=torch.cat([trace.draft_T, trace.run_ids_MR.flatten()])[index_N],
-        log_q_N=torch.cat([trace.log_q_T, trace.run_log_q_MR.flatten()])[index_N],
-        entropy_N=torch.cat([trace.entropy_T, run_entropy_MR.flatten()])[index_N],
-        step_N=torch.tensor(step, dtype=torch.float32),
-        label_N=torch.cat([trace.label_T, dead_MR.flatten()])[index_N],
-        weight_N=torch.ones(len(index_N)),
-    )
+        end = min(start + length_T[start], total)
+        rejection = next((i for i in range(start, end) if rejected_T[i]), None)
+        drafted = end - start if rejection is None else rejection - start + 1
+        index += range(start, start + drafted)
+        step += range(1, drafted + 1)
+        # the target writes one token more: the one in place of the rejected, or that after the last
+        start += drafted + (rejection is None)
+    return torch.tensor(index, dtype=torch.long), torch.tensor(step, dtype=torch.float32)
 
 
 class HeadDataset(Dataset):

@@ -29,7 +29,7 @@ class DrafterStates:
 
     Args:
         model: the drafter, frozen.
-        config: of the head: which state, and whether runs are needed.
+        config: of the head: which state, of which tokens.
     """
 
     def __init__(self, model: PreTrainedModel, config: AcceptanceHeadConfig) -> None:
@@ -55,20 +55,12 @@ class DrafterStates:
 
     @torch.no_grad()
     def flat(self, wanted: Sequence[Wanted]) -> list[Tensor]:
-        """All states of every response, [T + M R, H] with runs and [T, H] without (the layout of head_data.py)."""
-        producing, rounds = self.config.state == "producing", self.config.data == "rounds"
-        if not rounds and (producing or self.config.data == "mixed"):
+        """The states of every response, [T, H] each."""
+        producing = self.config.state == "producing"
+        if producing or self.config.data == "mixed":
             return self._read_through(wanted, shift=1 if producing else 0)
-        rows = [
-            (trace.prompt, trace.response_T.tolist(), trace.draft_T.tolist(), _runs(trace) if rounds else [])
-            for _, trace, _ in wanted
-        ]
-        flat = []
-        for states in batch_branch_states(self.model, rows):
-            states_TH = states.producing_TH if producing else states.consumed_TH
-            runs_MRH = states.run_producing_MRH if producing else states.run_consumed_MRH
-            flat.append(torch.cat([states_TH, runs_MRH.flatten(0, 1)]) if rounds else states_TH)
-        return flat
+        rows = [(trace.prompt, trace.response_T.tolist(), trace.draft_T.tolist(), []) for _, trace, _ in wanted]
+        return [states.consumed_TH for states in batch_branch_states(self.model, rows)]
 
     def _read_through(self, wanted: Sequence[Wanted], shift: int) -> list[Tensor]:
         """States along the tokens themselves: after each (consumed) or before each (producing)."""
@@ -134,19 +126,10 @@ class StateStore:
 
 
 def _lengths(dataset: HeadDataset, states: DrafterStates) -> list[int]:
-    return [flat_length(dataset.trace(row), states.config) for row in range(len(dataset.records))]
-
-
-def flat_length(trace: Trace, config: AcceptanceHeadConfig) -> int:
-    """Rows of the flat layout of a response."""
-    return len(trace.draft_T) + (trace.run_ids_MR.numel() if config.data == "rounds" else 0)
+    return [len(dataset.trace(row).draft_T) for row in range(len(dataset.records))]
 
 
 def _whole(trace: Trace) -> Examples:
     """Stands for a response without choosing examples; only its tokens are looked at."""
     none = torch.zeros(0)
     return Examples(trace.response_T, none.long(), none.long(), none, none, none, none, none)
-
-
-def _runs(trace: Trace) -> list[int]:
-    return trace.run_ids_MR.flatten().tolist()

@@ -30,10 +30,10 @@ def pair():
 
 @pytest.fixture(scope="module")
 def records(pair):
-    return make_records(*pair, count=6, tune=0, run_length=3)
+    return make_records(*pair, count=6, tune=0)
 
 
-LAYOUT = Layout(greedy=False, run_length=3, scores=("entropy",))
+LAYOUT = Layout(greedy=False)
 
 
 def config(**settings) -> AcceptanceHeadConfig:
@@ -66,7 +66,7 @@ def test_greedy_labels_say_whether_the_target_agreed(pair):
 
 @torch.no_grad()
 def test_expected_labels_are_of_all_likely_tokens_and_of_the_drawn_one_where_it_is_none(pair, records):
-    layout = Layout.of(make_manifest(*pair, _Tokenizer(), run_length=3))
+    layout = Layout.of(make_manifest(*pair, _Tokenizer()))
     data = HeadDataset(records, layout, config(data="expected"), seed=0, shuffle=False)
     drawn = 0
     for record, (_, trace, examples) in zip(records, map(data.__getitem__, range(len(data))), strict=True):
@@ -119,13 +119,9 @@ def test_states_are_those_of_decoding(pair, records, state, data):
 
 
 def _context(trace: Trace, index: int, with_token: bool) -> list[int]:
-    """What the drafter has read when it proposes the token at a place of the flat layout."""
-    x, y, total = trace.response_T.tolist(), trace.draft_T.tolist(), len(trace.draft_T)
-    if index < total:
-        return [*trace.prompt, *x[:index], *([y[index]] if with_token else [])]
-    m, j = divmod(index - total, trace.run_ids_MR.shape[1])
-    f, run = trace.rejected[m], trace.run_ids_MR[m].tolist()
-    return [*trace.prompt, *x[:f], y[f], *run[: j + with_token]]
+    """What the drafter has read when it proposes the token of a position."""
+    x, y = trace.response_T.tolist(), trace.draft_T.tolist()
+    return [*trace.prompt, *x[:index], *([y[index]] if with_token else [])]
 
 
 def test_mixed_states_have_read_the_mixture(pair, records):
@@ -183,9 +179,8 @@ def test_a_finished_store_is_used_and_another_is_made_again(pair, records, tmp_p
 tokens = st.lists(st.booleans(), min_size=1, max_size=40)
 
 
-def _trace(accepted: list[bool], run_length: int) -> Trace:
-    total, rejected = len(accepted), accepted.count(False)
-    shape = (rejected, run_length)
+def _trace(accepted: list[bool]) -> Trace:
+    total = len(accepted)
     return Trace(
         sample=5,
         prompt=[1],
@@ -194,44 +189,30 @@ def _trace(accepted: list[bool], run_length: int) -> Trace:
         label_T=torch.linspace(0.1, 0.9, total),
         log_q_T=-torch.ones(total),
         entropy_T=torch.ones(total),
-        run_ids_MR=torch.full(shape, 7),
-        run_log_q_MR=torch.full(shape, -2.0),
-        run_entropy_MR=torch.full(shape, 3.0),
     )
 
 
-@given(tokens, st.integers(0, 3), st.integers(1, 3), st.integers(0, 6), st.integers(0, 3))
-def test_rounds_are_a_walk_of_speculative_decoding(accepted, run_length, low, more, epoch):
-    trace = _trace(accepted, run_length)
+@given(tokens, st.integers(1, 3), st.integers(0, 6), st.integers(0, 3))
+def test_rounds_are_a_walk_of_speculative_decoding(accepted, low, more, epoch):
     limits = config(data="rounds", min_length=low, max_length=low + more)
-    examples = make_examples(trace, limits, seed=0, epoch=epoch)
-    total, rejected = len(accepted), trace.rejected
+    examples = make_examples(_trace(accepted), limits, seed=0, epoch=epoch)
     index, step = examples.index_N.tolist(), examples.step_N.tolist()
-    assert step[0] == 1
-    position, k = 0, 0
-    while k < len(index):
-        assert step[k] == 1
-        end = next((f for f in rejected if f >= position), total)
-        size = next((j for j in range(1, len(index) - k) if step[k + j] == 1), len(index) - k)
-        alive = min(size, end - position + 1, total - position)
-        assert index[k : k + alive] == list(range(position, position + alive))
-        for j in range(alive, size):
-            m = rejected.index(end)
-            assert index[k + j] == total + m * run_length + (j - alive)
-            assert examples.label_N[k + j] == 0
-            assert examples.log_q_N[k + j] == -2
-        assert size <= low + more
-        room = alive + (run_length if end < total and alive == end - position + 1 else 0)
-        assert size >= min(low, room, total - position + run_length)
-        assert step[k : k + size] == list(range(1, size + 1))
-        position = end + 1 if alive == end - position + 1 and end < total else position + alive + 1
-        k += size
-    assert position >= total
+    starts = [place for place, k in enumerate(step) if k == 1]
+    position = 0
+    for start, end in zip(starts, [*starts[1:], len(step)], strict=True):
+        drafted = index[start:end]
+        assert drafted == list(range(position, position + len(drafted)))
+        assert step[start:end] == list(range(1, len(drafted) + 1))
+        assert all(accepted[place] for place in drafted[:-1])
+        rejected, last = not accepted[drafted[-1]], drafted[-1] == len(accepted) - 1
+        assert len(drafted) <= low + more and (len(drafted) >= low or rejected or last)
+        position = drafted[-1] + (1 if rejected else 2)
+    assert position >= len(accepted)
 
 
 @given(tokens, st.integers(1, 8), st.integers(0, 3))
 def test_exact_steps_only_look_back_over_accepted_tokens(accepted, max_length, epoch):
-    trace = _trace(accepted, 0)
+    trace = _trace(accepted)
     examples = make_examples(trace, config(max_length=max_length), seed=0, epoch=epoch)
     assert examples.index_N.tolist() == list(range(len(accepted)))
     for position, step in enumerate(examples.step_N.long().tolist()):
@@ -241,7 +222,7 @@ def test_exact_steps_only_look_back_over_accepted_tokens(accepted, max_length, e
 
 def test_steps_reach_as_far_back_as_they_may():
     steps = [
-        make_examples(_trace([True] * 12, 0), config(max_length=8), seed=0, epoch=epoch).step_N for epoch in range(60)
+        make_examples(_trace([True] * 12), config(max_length=8), seed=0, epoch=epoch).step_N for epoch in range(60)
     ]
     assert torch.stack(steps).amax(0).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8]
 
@@ -270,14 +251,6 @@ def test_a_batch_of_nothing_has_no_examples():
 def test_features_and_labels_cover_every_drafted_token(records):
     columns = features_and_labels(dataset(records))
     assert {len(column) for column in columns} == {sum(len(record["draft_ids"]) for record in records)}
-
-
-def test_rounds_need_runs_and_their_entropy():
-    with pytest.raises(UserError, match=r"traces\.run_length"):
-        Layout(False, 0, ("entropy",)).check(config(data="rounds"))
-    with pytest.raises(UserError, match=r"traces\.scores"):
-        Layout(False, 3, ()).check(config(data="rounds"))
-    Layout(False, 3, ()).check(config(data="rounds", features=("log_q",)))
 
 
 class _Tokenizer:

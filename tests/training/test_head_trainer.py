@@ -38,12 +38,11 @@ def make_records(count=11, seed=0):
         lists = {"response_ids": x, "draft_ids": y, "log_q": log_q, "log_p": log_q + label.log()}
         lists |= {"entropy": torch.rand(size, generator=generator)}
         record = {name: values.tolist() for name, values in lists.items()}
-        record |= {"prompt_id": f"p{number}", "turn": 0, "prompt_ids": [1], "run_ids": [], "run_log_q": []}
-        records.append(record | {"run_scores": []})
+        records.append(record | {"prompt_id": f"p{number}", "turn": 0, "prompt_ids": [1]})
     return records
 
 
-LAYOUT = Layout(greedy=False, run_length=0, scores=())
+LAYOUT = Layout(greedy=False)
 
 
 def states(wanted):
