@@ -2,6 +2,7 @@
 
     python benchmarks/adaptive_length.py --run runs/adaptive --output results.json
     python benchmarks/adaptive_length.py --run runs/adaptive --plan        only the commands
+    python benchmarks/adaptive_length.py --quick     few prompts, sampled only, under a minute; its figures say nothing
 
 Runs the chain of a recipe with the programs a user would run, greedy and at temperature 1 (heads are trained for the
 setting they serve), with one head a training seed and one in the published setting (recipes/published/specdecpp.yaml,
@@ -11,7 +12,8 @@ memory. What is done is reused, so a killed run goes on.
 
 Thresholds and lengths are chosen by replay on the tuning split; the two best of each kind are really run on the test
 split, interleaved. The best fixed length and the best confidence rule are those that turned out fastest there, a head's
-setting the one replay chose. Figures end in `_greedy` or `_sampled`; without an ending they are the smaller of the two.
+setting the one replay chose. Figures are of one setting, `_greedy` or `_sampled`, or else the smaller of the two;
+`_low` and `_high` end their 95 % intervals over conversations, for means over seeds the widest of all seeds.
 
 gain_over_best_fixed, gain_over_confidence    ratios of measured decoding rates, mean over seeds
 oracle_gap_closed      (measured gain - 1) / (replayed gain of perfect stopping - 1), mean over seeds
@@ -28,6 +30,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,12 +39,27 @@ from benchmarks.common import finish  # noqa: E402
 from drafttrain.config import parse  # noqa: E402
 from drafttrain.evaluation.methods import head_of, kind_of  # noqa: E402
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint, read_report  # noqa: E402
+from drafttrain.evaluation.statistics import Interval  # noqa: E402
 
 TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
 """Decoding settings."""
 
 RUN_LENGTH = 19
 """Tokens traced beyond a rejection: the published head drafts up to 20, which replay then counts exactly."""
+
+QUICK = {
+    "prompts.mixture": "{code: 12, recall: 12}",
+    "prompts.length": 160,
+    "responses.max_new_tokens": 24,
+    "training.arguments.max_steps": 4,
+    "training.tau_evaluations": 0,
+    "head.arguments.num_train_epochs": 1,
+    "evaluate.max_new_tokens": 24,
+    "evaluate.prompts_per_task": 2,
+    "evaluate.repeats": 1,
+    "evaluate.top": 1,
+    "evaluate.bootstrap": 100,
+}
 
 PUBLISHED = "published"
 AS_IS = f"Model(drafter, stop=AcceptanceHead({PUBLISHED}, 0.7, min=2, max=20))"
@@ -51,20 +69,21 @@ AS_IS = f"Model(drafter, stop=AcceptanceHead({PUBLISHED}, 0.7, min=2, max=20))"
 def main() -> None:
     """Run the chain, read its reports, print the figures."""
     options = _options()
-    for command in [*distil(options), *(command for name in TEMPERATURES for command in chain(name, options))]:
+    for command in [*distil(options), *(command for name in options.temperatures for command in chain(name, options))]:
         print("$ " + " ".join(command), flush=True)
         if not options.plan:
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     if options.plan:
         return
+    found, rows = {}, {}
+    for name in options.temperatures:
+        found[name], rows[name] = figures_of(read_report(options.run / name / "report.json"))
     figures: dict[str, float] = {}
-    rows = {}
-    for name in TEMPERATURES:
-        report = read_report(options.run / name / "report.json")
-        found, rows[name] = figures_of(report)
-        figures |= {f"{figure}_{name}": value for figure, value in found.items()}
-    for figure in dict.fromkeys(figure.rpartition("_")[0] for figure in figures):
-        figures[figure] = min(figures[f"{figure}_{name}"] for name in TEMPERATURES)
+    for figure in found[name]:
+        by_setting = {f"{figure}_{name}": own[figure] for name, own in found.items()}
+        by_setting[figure] = min(by_setting.values(), key=lambda interval: interval.value)
+        for full, interval in by_setting.items():
+            figures |= {full: interval.value, f"{full}_low": interval.low, f"{full}_high": interval.high}
     finish("adaptive_length", figures, rows, options.output)
 
 
@@ -99,7 +118,7 @@ def _run(folder: str, temperature: float, options: argparse.Namespace) -> list[s
     return ["--run", str(options.run / folder), "--responses.sampling.temperature", str(temperature)]
 
 
-def figures_of(report: Report) -> tuple[dict[str, float], list[dict[str, object]]]:
+def figures_of(report: Report) -> tuple[dict[str, Interval], list[dict[str, Any]]]:
     """Figures of one decoding setting, and the rows of single seeds."""
     if len(report.workload.samplings) != 1:
         raise SystemExit("the report holds several decoding settings; this benchmark compares within one")
@@ -107,44 +126,57 @@ def figures_of(report: Report) -> tuple[dict[str, float], list[dict[str, object]
     fixed, confidence = (_fastest(measured, kind) for kind in ("fixed", "confidence"))
     points = {kind: _best(report.sweep, kind) for kind in ("fixed", "oracle")}
     names = dict.fromkeys(head_of(row.method) for row in measured if row.kind == "head")
-    rows = [_seed(report, measured, name, points) for name in names]
-    ours = [row for row in rows if row["head"] != PUBLISHED]
-    published = next(row for row in rows if row["head"] == PUBLISHED)
-    figures = {
-        figure: mean(row[figure] for row in ours)
-        for figure in ("gain_over_best_fixed", "gain_over_confidence", "oracle_gap_closed", "worst_task")
-    }
-    figures |= {f"least_{figure}": min(row[figure] for row in ours) for figure in ("gain_over_best_fixed",)}
-    figures["published_gap_closed"] = published["oracle_gap_closed"]
-    figures["speedup_best_fixed"] = fixed.overall.speedup.value
-    figures["speedup_confidence"] = confidence.overall.speedup.value
-    figures["speedup_head"] = mean(row["speedup"] for row in ours)
-    figures["speedup_published"] = published["speedup"]
+    seeds = {name: _seed(report, measured, name, points) for name in names}
+    published = seeds[PUBLISHED]
+    ours = [seed for name, seed in seeds.items() if name != PUBLISHED]
     [as_is] = [p for p in report.sweep if p.method == AS_IS]
-    figures["speedup_published_as_is"] = as_is.predicted_speedup
-    figures["speedup_oracle"] = points["oracle"].predicted_speedup
+    figures = {
+        figure: Interval(
+            mean(seed[figure].value for seed in ours),
+            min(seed[figure].low for seed in ours),
+            max(seed[figure].high for seed in ours),
+        )
+        for figure in (
+            "gain_over_best_fixed",
+            "gain_over_confidence",
+            "oracle_gap_closed",
+            "worst_task",
+            "speedup_head",
+        )
+    }
+    figures["published_gap_closed"] = published["oracle_gap_closed"]
+    figures["speedup_best_fixed"] = fixed.overall.speedup
+    figures["speedup_confidence"] = confidence.overall.speedup
+    figures["speedup_published"] = published["speedup_head"]
+    figures["speedup_published_as_is"] = _replayed(as_is.predicted_speedup)
+    figures["speedup_oracle"] = _replayed(points["oracle"].predicted_speedup)
+    rows = [
+        {"head": name, **{key: vars(value) if isinstance(value, Interval) else value for key, value in seed.items()}}
+        for name, seed in seeds.items()
+    ]
     return figures, rows
 
 
-def _seed(
-    report: Report, measured: list[MethodResult], name: str, points: dict[str, SweepPoint]
-) -> dict[str, float | str]:
+def _replayed(value: float) -> Interval:
+    """A figure by replay, which has no interval."""
+    return Interval(value, value, value)
+
+
+def _seed(report: Report, measured: list[MethodResult], name: str, points: dict[str, SweepPoint]) -> dict[str, Any]:
     """One head at the setting that replay chose for it."""
     point = _best([p for p in report.sweep if p.kind == "head" and head_of(p.method) == name], "head")
     row = next(row for row in measured if row.method == point.method)
     fixed, oracle = (points[kind].predicted_speedup for kind in ("fixed", "oracle"))
-    versus = {f"versus_{kind}": [ratio.value, ratio.low, ratio.high] for kind, ratio in row.versus.items()}
+    gain, tasks = row.versus["fixed"], _against_best_fixed(report.sweep, point)
     return {
-        "head": name,
         "method": row.method,
-        "speedup": row.overall.speedup.value,
-        "gain_over_best_fixed": row.versus["fixed"].value,
-        "gain_over_confidence": row.versus["confidence"].value,
-        "oracle_gap_closed": (row.versus["fixed"].value - 1) / (oracle / fixed - 1),
+        "speedup_head": row.overall.speedup,
+        "gain_over_best_fixed": gain,
+        "gain_over_confidence": row.versus["confidence"],
+        "oracle_gap_closed": Interval(*((end - 1) / (oracle / fixed - 1) for end in (gain.value, gain.low, gain.high))),
         "replayed_gap_closed": (point.predicted_speedup - fixed) / (oracle - fixed),
-        "worst_task": min(_against_best_fixed(report.sweep, point).values()),
-        "tasks": _against_best_fixed(report.sweep, point),
-        **versus,
+        "worst_task": _replayed(min(tasks.values())),
+        "tasks": tasks,
     }
 
 
@@ -165,14 +197,20 @@ def _fastest(rows: list[MethodResult], kind: str) -> MethodResult:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/adaptive"), help="folder for both settings' runs")
-    parser.add_argument("--config", type=Path, default=ROOT / "recipes/reference/pair.yaml", help="recipe of the pair")
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "recipes/reference/adaptive.yaml", help="recipe of the pair"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="heads trained a setting")
+    parser.add_argument("--quick", action="store_true", help="few prompts, one seed, sampled only")
     parser.add_argument("--plan", action="store_true", help="print the commands and stop")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     parser.add_argument("set", nargs="*", help="further flags of our own runs, after `--`")
     options = parser.parse_args()
-    options.run = options.run.resolve()
-    parsed = parse("", [], ["--config", str(options.config), "--run", str(options.run)])
+    options.run, options.temperatures = options.run.resolve(), TEMPERATURES
+    if options.quick:
+        options.seeds, options.temperatures = 1, {"sampled": 1.0}
+        options.set += [part for name, value in QUICK.items() for part in (f"--{name}", str(value))]
+    parsed = parse("", [], ["--config", str(options.config), "--run", str(options.run), *options.set])
     options.config, options.target = parsed.config.resolve(), parsed.recipe.target.path
     options.head_arguments = parsed.recipe.head.arguments
     return options

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import platform
-import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+LOAD = os.getloadavg()[0]
+"""Of the machine, when the benchmark began."""
 
 
 def finish(benchmark: str, figures: dict[str, float], rows: Any = None, output: Path | None = None) -> None:
@@ -28,32 +28,7 @@ def finish(benchmark: str, figures: dict[str, float], rows: Any = None, output: 
 def environment() -> dict[str, Any]:
     """Hardware, load and versions: what a figure depends on beside the code."""
     import torch
-    import transformers
 
-    from drafttrain.models.checkpoint import git_commit
+    from drafttrain.evaluation.environment import describe
 
-    found: dict[str, Any] = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": list(os.getloadavg()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": git_commit(),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+    return dataclasses.asdict(describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"), LOAD))

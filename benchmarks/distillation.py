@@ -8,13 +8,15 @@ batches and draws new weights), and is measured once at the end on the same held
 cross-entropy on the recorded tokens needs no forward of the target, so it gets as many more steps as that saves
 (operations of both models, `equal_steps`). `tau_<loss>` is greedy, `tau_sampled_<loss>` at the responses' own sampling,
 `acceptance_<loss>` the expected acceptance sum_x min(p, q), each the mean over seeds; `margin_<loss>` is the greedy tau
-over that of cross-entropy with the same seed, averaged. The rows of single runs are in the file named by --output.
+over that of cross-entropy with the same seed, averaged; `_low` and `_high` are the least and greatest of a seed. The
+rows of single runs are in the file named by --output.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import finish
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,21 +70,22 @@ def main() -> None:
             steps = equal_steps(pair, LOSSES[name], options.steps)
             rows.append({"loss": name, "seed": seed, "steps": steps, **run_once(pair, LOSSES[name], seed, steps)})
             print("  ".join(f"{key} {_short(value)}" for key, value in rows[-1].items()), flush=True)
-    from benchmarks.common import finish
-
     finish("distillation", figures(rows), rows, options.output)
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over seeds, and greedy tau against cross-entropy seed by seed."""
-    found: dict[str, float] = {}
+    """Means over seeds with the least and greatest, and greedy tau against cross-entropy seed by seed."""
+    by_seed: dict[str, list[float]] = {}
     base = {row["seed"]: row["tau"] for row in rows if row["loss"] == "cross_entropy"}
     for name in dict.fromkeys(row["loss"] for row in rows):
         mine = [row for row in rows if row["loss"] == name]
         for figure in ("tau", "tau_sampled", "acceptance"):
-            found[f"{figure}_{name}"] = sum(row[figure] for row in mine) / len(mine)
+            by_seed[f"{figure}_{name}"] = [row[figure] for row in mine]
         if base and name != "cross_entropy":
-            found[f"margin_{name}"] = sum(row["tau"] / base[row["seed"]] for row in mine) / len(mine)
+            by_seed[f"margin_{name}"] = [row["tau"] / base[row["seed"]] for row in mine]
+    found: dict[str, float] = {}
+    for figure, values in by_seed.items():
+        found |= {figure: statistics.mean(values), f"{figure}_low": min(values), f"{figure}_high": max(values)}
     return found
 
 
@@ -146,8 +151,8 @@ def run_once(pair: Pair, weights: dict[str, float], seed: int, steps: int) -> di
 
 def _pair_of_run(options: argparse.Namespace) -> Pair:
     from drafttrain.config import parse
+    from drafttrain.evaluation.names import sampling_of
     from drafttrain.models.drafters import build_drafter
-    from drafttrain.ops.sampling import Sampling
     from drafttrain.training.drafter_program import read_inputs
     from drafttrain.training.held_out import HeldOut
 
@@ -162,7 +167,7 @@ def _pair_of_run(options: argparse.Namespace) -> Pair:
         ),
         pad=inputs.target.tokenizer.pad_token_id,
         arguments=recipe.training.arguments,
-        sampling=Sampling(**dataclasses.asdict(recipe.responses.sampling)),
+        sampling=sampling_of(recipe.responses.sampling),
     )
 
 

@@ -3,10 +3,11 @@
     python benchmarks/distillation_memory.py            4,096 tokens, vocabulary 128k, hidden 512, float32; 16 GB
     python benchmarks/distillation_memory.py --quick    a small case, under a minute; its figures say nothing
 
-Each side runs in a process of its own (so that one's peak does not hide the other's), forward KL with its gradients to
-hidden states and head, plus expected acceptance. Naive is what one writes with autograd: logits of all tokens, the
-same loss functions, backward. On a CPU the peak is the resident set's high-water mark, Python, torch and weights
-included; `--device cuda` takes the allocator's peak instead. `working_*` leave out what stands there before the step.
+Each side runs in a process of its own (so that one's peak does not hide the other's), the two in turn: forward KL with
+its gradients to hidden states and head, plus expected acceptance. Naive is what one writes with autograd: logits of all
+tokens, the same loss functions, backward. On a CPU the peak is the resident set's high-water mark, Python, torch and
+weights included; `--device cuda` takes the allocator's peak instead. `working_*` leave out what stands there before the
+step. Ratios are of the medians of both sides; `_low` and `_high` are the least and greatest ratio of a turn.
 """
 
 from __future__ import annotations
@@ -18,40 +19,55 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-FULL = {"tokens": 4096, "vocabulary": 128_000, "hidden": 512, "repeats": 2}
-QUICK = {"tokens": 512, "vocabulary": 16_000, "hidden": 64, "repeats": 2}
+from benchmarks.common import finish  # noqa: E402
+
+FULL = {"tokens": 4096, "vocabulary": 128_000, "hidden": 512, "repeats": 2, "turns": 3}
+QUICK = {"tokens": 512, "vocabulary": 16_000, "hidden": 64, "repeats": 2, "turns": 2}
+SIDES = ("naive", "chunked")
 
 
 def main() -> None:
-    """Run both sides and print their ratio."""
+    """Run both sides in turn and print their ratio."""
     arguments = _arguments()
     if arguments.side:
         print(json.dumps(measure(arguments.side, json.loads(arguments.case), arguments.device)))
         return
     case = QUICK if arguments.quick else FULL
-    sides = {side: _in_process(side, case, arguments.device) for side in ("naive", "chunked")}
-    for side, row in sides.items():
-        print(f"{side:8s} peak {row['peak'] / 2**30:6.2f} GiB, step {row['seconds']:6.2f} s, loss {row['loss']:.6f}")
-    drift = abs(sides["naive"]["loss"] / sides["chunked"]["loss"] - 1)
+    turns = []
+    for _ in range(case["turns"]):
+        turns.append({side: _in_process(side, case, arguments.device) for side in SIDES})
+        for side, row in turns[-1].items():
+            spent = f"peak {row['peak'] / 2**30:6.2f} GiB, step {row['seconds']:6.2f} s"
+            print(f"{side:8s} {spent}, loss {row['loss']:.6f}", flush=True)
+    drift = abs(turns[0]["naive"]["loss"] / turns[0]["chunked"]["loss"] - 1)
     if drift > 1e-4:
         raise SystemExit(f"the two sides disagree on the loss by {drift:.1e}: they do not do the same work")
-    from benchmarks.common import finish
-
     finish(
         "distillation_memory",
-        figures(sides),
-        {"case": case, "device": arguments.device, "sides": sides},
+        figures(turns),
+        {"case": case, "device": arguments.device, "turns": turns},
         arguments.output,
     )
 
 
-def figures(sides: dict[str, dict[str, float]]) -> dict[str, float]:
+def figures(turns: list[dict[str, dict[str, float]]]) -> dict[str, float]:
     """Ratios: memory naive / chunked (higher is better), time chunked / naive (1 = as fast, lower is better)."""
-    naive, chunked = sides["naive"], sides["chunked"]
+    middle = {side: {name: median(turn[side][name] for turn in turns) for name in turns[0][side]} for side in SIDES}
+    found: dict[str, float] = {}
+    for name, value in ratios(middle).items():
+        each = [ratios(turn)[name] for turn in turns]
+        found |= {name: value, f"{name}_low": min(each), f"{name}_high": max(each)}
+    return found
+
+
+def ratios(sides: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The ratios of one measurement of each side."""
+    naive, chunked = (sides[side] for side in SIDES)
     return {
         "peak_memory_ratio": naive["peak"] / chunked["peak"],
         "working_memory_ratio": (naive["peak"] - naive["before"]) / (chunked["peak"] - chunked["before"]),
@@ -132,7 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small case in under a minute")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, help="file for the rows of both sides")
-    parser.add_argument("--side", choices=["naive", "chunked"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
 

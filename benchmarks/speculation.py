@@ -1,6 +1,7 @@
 """What speculation brings over autoregressive decoding, on revising (greedy, right answers) and on code (T = 0.8).
 
     python benchmarks/speculation.py --drafter runs/pair/drafter --run runs/speculation --output results.json
+    python benchmarks/speculation.py --quick     the target as its own drafter, under a minute; its figures say nothing
 
 Evaluates the drafter twice with `drafttrain evaluate`, once a task, on prompts whose code and seeds nothing was trained
 on: lengths and thresholds are chosen by replay on eight of them, the two best of each kind are run on the others beside
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import finish  # noqa: E402
+from drafttrain.config import resolve_path  # noqa: E402
 from drafttrain.evaluation.schema import Report, read_report  # noqa: E402
 
 TASKS = {"revise": 0.0, "code": 0.8}
@@ -57,7 +59,7 @@ def flags(task: str, temperature: float, options: argparse.Namespace) -> list[st
         "prompts.held_out": 0.45,
         "responses.sampling.temperature": temperature,
         "evaluate.prompts_per_task": 2 * options.prompts if task == "revise" else options.prompts,
-        "evaluate.max_new_tokens": 160,
+        "evaluate.max_new_tokens": options.tokens,
         "evaluate.repeats": options.repeats,
     }
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -76,14 +78,21 @@ def figures_of(report: Report, task: str) -> dict[str, float]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="checkpoints/reference-target", help="the target")
-    parser.add_argument("--drafter", required=True, help="a drafter distilled for it")
+    parser.add_argument("--drafter", help="a drafter distilled for it")
     parser.add_argument("--run", type=Path, default=Path("runs/speculation"), help="folder for both reports")
     parser.add_argument("--prompts", type=int, default=16, help="conversations of a task that are run")
     parser.add_argument("--length", type=int, default=160, help="tokens of a prompt with its reference answer")
+    parser.add_argument("--tokens", type=int, default=160, help="longest answer")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--quick", action="store_true", help="few prompts, without a drafter")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     options = parser.parse_args()
-    options.run, options.drafter = options.run.resolve(), Path(options.drafter).resolve()
+    options.target = resolve_path(options.target)
+    if options.quick:
+        options.drafter, options.prompts, options.length, options.tokens, options.repeats = options.target, 3, 64, 64, 1
+    elif options.drafter is None:
+        parser.error("give --drafter, or --quick")
+    options.run, options.drafter = options.run.resolve(), resolve_path(options.drafter)
     return options
 
 

@@ -1,0 +1,40 @@
+"""Every benchmark runs with --quick to its last line, which names the figures that are asked of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.distillation import LOSSES
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "common")
+FIGURES = {
+    "adaptive_length": (
+        *("gain_over_best_fixed", "gain_over_confidence", "oracle_gap_closed", "worst_task"),
+        *("speedup_best_fixed", "speedup_head", "speedup_published", "speedup_oracle"),
+    ),
+    "distillation": tuple(f"tau_{loss}" for loss in LOSSES),
+    "distillation_memory": ("peak_memory_ratio", "time_ratio"),
+    "reference_target": ("code_loss_512",),
+    "replay": ("policies_per_second",),
+    "speculation": ("speedup_revise", "speedup_code"),
+}
+WITHOUT_SPREAD = ("reference_target",)
+"""What it measures is no draw."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_quick_ends_in_one_line_with_its_figures(name, tmp_path):
+    run = ["--run", str(tmp_path / "run")] if name in ("adaptive_length", "speculation") else []
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", *run]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert list(result) == ["benchmark", "figures", "environment"] and result["benchmark"] == name
+    assert set(FIGURES[name]) <= set(result["figures"])
+    if name not in WITHOUT_SPREAD:
+        assert {f"{figure}_low" for figure in FIGURES[name]} <= set(result["figures"])
