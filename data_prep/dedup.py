@@ -9,7 +9,6 @@ Massive Datasets, chapter 3.
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -82,12 +81,6 @@ class Seen:
                 self._buckets[key].append(self._number)
         self._number += 1
         return twin
-
-
-def near_duplicates(texts: Iterable[str], threshold: float) -> list[int | None]:
-    """For every text, the index of the earlier text that it repeats, or None; of two alike the first stays."""
-    seen = Seen(threshold)
-    return [seen.add(text) for text in texts]
 
 
 def _rows_per_band(threshold: float) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drafttrain.config import nearest
+from drafttrain.config import nearest, resolve_path
 from drafttrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def training_arguments(
     check_arguments(arguments, section)
     # YAML reads the word `no` as false, which transformers does not take for a strategy.
     arguments = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in arguments.items()}
+    if isinstance(arguments.get("deepspeed"), str):
+        arguments["deepspeed"] = resolve_path(arguments["deepspeed"])
     defaults = {**_placement(arguments, section), **(defaults or {})}
     fixed["output_dir"] = str(output_dir)
     for name in arguments:

@@ -33,11 +33,6 @@ def invert_loss_weight(predicted: ArrayLike, w_acc: float, w_rej: float) -> Arra
     return w * predicted / (1.0 - predicted + w * predicted)
 
 
-def apply_loss_weight(accepted: ArrayLike, w_acc: float, w_rej: float) -> Array:
-    """What a perfectly trained head says where the acceptance probability is `accepted`: inverse of the above."""
-    return invert_loss_weight(accepted, w_rej, w_acc)
-
-
 def log_loss(predicted: ArrayLike, label: ArrayLike) -> float:
     """Mean of -P log P' - (1 - P) log(1 - P'), in nats a token."""
     p, y = _pair(predicted, label)

@@ -214,8 +214,6 @@ def drafter_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     from drafttrain.training.drafter_trainer import DEFAULTS, FIXED
 
     given = dict(recipe.training.arguments)
-    if isinstance(given.get("deepspeed"), str):
-        given["deepspeed"] = resolve_path(given["deepspeed"])
     keep_best = given.pop("load_best_model_at_end", True)
     arguments = training_arguments(given, folder, "training", DEFAULTS, **FIXED, seed=recipe.seed)
     if recipe.training.tau_evaluations and keep_best:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.dedup import jaccard, near_duplicates, shingles
+from data_prep.dedup import Seen, jaccard, shingles
 
 WORDS = [f"w{number}" for number in range(400)]
 
@@ -19,6 +19,12 @@ def edited(text: str, edits: int, seed: int = 0) -> str:
     for at in np.random.default_rng(seed).choice(len(words), edits, replace=False):
         words[at] = "changed"
     return " ".join(words)
+
+
+def near_duplicates(texts: list[str], threshold: float) -> list[int | None]:
+    """For every text, the index of the earlier text that it repeats, or None."""
+    seen = Seen(threshold)
+    return [seen.add(text) for text in texts]
 
 
 def test_jaccard_of_shingles_is_that_of_sets_of_word_runs():
@@ -68,4 +74,4 @@ def test_banding_agrees_with_comparing_every_pair(seed, threshold):
 @pytest.mark.parametrize("threshold", [0.0, 1.5])
 def test_a_threshold_that_is_no_similarity_is_refused(threshold):
     with pytest.raises(ValueError, match="threshold"):
-        near_duplicates(["a"], threshold)
+        Seen(threshold)

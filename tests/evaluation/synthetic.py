@@ -251,7 +251,7 @@ def head_metrics():
     accepted = rng.beta(3, 1, 4000)
     predictions = {
         "head": np.clip(accepted + rng.normal(0, 0.03, 4000), 0.001, 0.999),
-        "head_raw": calibration.apply_loss_weight(accepted, 1.0, 6.0),
+        "head_raw": calibration.invert_loss_weight(accepted, 6.0, 1.0),
         "raw_q": np.clip(accepted + rng.normal(-0.1, 0.15, 4000), 0.001, 0.999),
     }
     return {"predictors": {name: calibration.report(values, accepted) for name, values in predictions.items()}}

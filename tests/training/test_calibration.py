@@ -15,18 +15,18 @@ weight = st.floats(0.1, 20.0)
 
 @given(inside, weight, weight)
 def test_inverting_the_loss_weight_undoes_it(p, w_acc, w_rej):
-    distorted = calibration.apply_loss_weight(p, w_acc, w_rej)
+    distorted = calibration.invert_loss_weight(p, w_rej, w_acc)
     assert calibration.invert_loss_weight(distorted, w_acc, w_rej) == pytest.approx(p, rel=1e-9)
 
 
 @pytest.mark.parametrize(("p", "said"), [(0.8, 0.40), (0.9, 0.60), (0.95, 0.76), (0.98, 0.89), (0.99, 0.94)])
 def test_the_published_weight_of_six_distorts_as_computed_by_hand(p, said):
-    assert calibration.apply_loss_weight(p, 1, 6) == pytest.approx(said, abs=0.006)
+    assert calibration.invert_loss_weight(p, 6, 1) == pytest.approx(said, abs=0.006)
 
 
 @given(inside, weight, weight)
 def test_the_distorted_probability_minimises_the_weighted_loss(p, w_acc, w_rej):
-    best = float(calibration.apply_loss_weight(p, w_acc, w_rej))
+    best = float(calibration.invert_loss_weight(p, w_rej, w_acc))
 
     def loss(x):
         return -w_acc * p * np.log(x) - w_rej * (1 - p) * np.log(1 - x)

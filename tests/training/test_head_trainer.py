@@ -102,7 +102,7 @@ def test_its_minimiser_is_the_distorted_probability():
         return loss
 
     optimizer.step(closure)
-    distorted = float(calibration.apply_loss_weight(0.9, 1, 6))
+    distorted = float(calibration.invert_loss_weight(0.9, 6, 1))
     assert float(torch.sigmoid(logit.detach())) == pytest.approx(distorted, abs=1e-3)
 
 
