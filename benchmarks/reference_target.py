@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-LENGTHS = {512: 40, 2048: 40, 4096: 24, 8192: 16}
+LENGTHS = {8192: 16, 4096: 24, 2048: 40, 512: 40}
 """Length in tokens -> answers asked of every kind."""
 
 QUICK = {512: 4}
