@@ -20,7 +20,8 @@ oracle_gap_closed      (measured gain - 1) / (replayed gain of perfect stopping 
 worst_task             least ratio, over tasks, of the head's replayed speed to that task's own best fixed length
 speedup_*              over autoregressive decoding, measured; speedup_oracle is replayed; the published head's
                        threshold and lengths are tuned as ours, its own (h = 0.7, lengths 2 to 20) replayed as
-                       speedup_published_as_is
+                       speedup_published_as_is; speedup_known, replayed too, is of a rule that stops by the true
+                       acceptance probabilities: what a head of any kind can reach (perfect stopping when greedy)
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ def figures_of(report: Report) -> tuple[dict[str, Interval], list[dict[str, Any]
     measured = [row for row in report.methods if row.overall.speedup is not None]
     fixed, confidence = (_fastest(measured, kind) for kind in ("fixed", "confidence"))
     points = {kind: _best(report.sweep, kind) for kind in ("fixed", "oracle")}
+    points["known"] = next((p for p in report.sweep if p.kind == "known"), points["oracle"])
     names = dict.fromkeys(head_of(row.method) for row in measured if row.kind == "head")
     seeds = {name: _seed(report, measured, name, points) for name in names}
     published = seeds[PUBLISHED]
@@ -149,7 +151,8 @@ def figures_of(report: Report) -> tuple[dict[str, Interval], list[dict[str, Any]
     figures["speedup_confidence"] = confidence.overall.speedup
     figures["speedup_published"] = published["speedup_head"]
     figures["speedup_published_as_is"] = _replayed(as_is.predicted_speedup)
-    figures["speedup_oracle"] = _replayed(points["oracle"].predicted_speedup)
+    for kind in ("oracle", "known"):
+        figures[f"speedup_{kind}"] = _replayed(points[kind].predicted_speedup)
     rows = [
         {"head": name, **{key: vars(value) if isinstance(value, Interval) else value for key, value in seed.items()}}
         for name, seed in seeds.items()

@@ -10,13 +10,16 @@ from drafttrain.evaluation.trace_record import LONGEST
 ORACLE = "perfect stopping"
 """Stands where a method's expression would: nothing can really run it."""
 
+KNOWN = "known probability"
+"""Likewise: stops by the true min(1, p / q) of every drafted token, which is the most that any head could predict."""
+
 USUAL = 12
 """Most tokens that an adaptive rule drafts in a round where its expression does not say (`max`)."""
 
 
 def head_of(method: str) -> str | None:
-    """Name of the acceptance head that a method asks, None if it asks none (nor does `ORACLE`, which is no method)."""
-    if method == ORACLE:
+    """Name of the acceptance head that a method asks; None if it asks none, as `ORACLE` and `KNOWN`, no methods, do."""
+    if method in (ORACLE, KNOWN):
         return None
     stop = dict(parse_method(method).arguments).get("stop")
     return next((value.name for _, value in stop.arguments if isinstance(value, Member)), None) if stop else None

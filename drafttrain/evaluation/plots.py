@@ -27,6 +27,7 @@ COLORS = {
     "confidence": "#009E73",
     "entropy": "#CC79A7",
     "oracle": "#000000",
+    "known": "#8C6D31",
     "other": "#56B4E9",
 }
 MARKERS = {
@@ -36,6 +37,7 @@ MARKERS = {
     "confidence": "s",
     "entropy": "^",
     "oracle": "*",
+    "known": "P",
     "other": "v",
 }
 NAMES = {
@@ -44,6 +46,7 @@ NAMES = {
     "confidence": "confidence",
     "entropy": "entropy bound",
     "oracle": "oracle (perfect stopping)",
+    "known": "bound of all heads (known probabilities)",
     "other": "other",
     "autoregressive": "no drafter",
 }
@@ -206,10 +209,10 @@ def _length_panel(axis: Axes, report: Report, sampling: str) -> None:
         )
     for kind in ("head", "confidence", "entropy"):
         _measured_line(axis, report.of(sampling, kind), kind, base)
-    oracle = [p for p in report.sweep if p.sampling == sampling and p.kind == "oracle"]
-    if oracle:
-        best = max(point.predicted_speedup for point in oracle)
-        axis.axhline(base * best, color=COLORS["oracle"], ls="--", lw=1.5, label="oracle (perfect stopping), by replay")
+    for point in report.sweep:
+        if point.sampling == sampling and point.kind in ("oracle", "known"):
+            style = {"color": COLORS[point.kind], "ls": "--", "lw": 1.5, "label": f"{NAMES[point.kind]}, by replay"}
+            axis.axhline(base * point.predicted_speedup, **style)
     axis.axhline(base, color=COLORS["autoregressive"], ls=":", lw=1.6, label="no drafter, measured")
     axis.set_xlabel("drafted tokens per round, K")
     axis.set_xticks([int(p.parameter) for p in fixed])
@@ -275,14 +278,14 @@ def _pareto_family(axis: Axes, points: Sequence[SweepPoint], family: tuple[str, 
         [point.discard_rate for point in points],
         [point.verification_rate for point in points],
         marker=marker,
-        ms=9 if kind == "oracle" else 5,
+        ms=9 if kind in ("oracle", "known") else 5,
         lw=1.2,
         ls=":" if form else "-",
         color=color,
         alpha=0.85,
         label=f"{NAMES[kind]} {form}".strip(),
     )
-    if kind != "oracle":
+    if kind not in ("oracle", "known"):
         best = max(points, key=lambda point: point.predicted_speedup)
         axis.plot(best.discard_rate, best.verification_rate, "o", ms=14, mfc="none", mec=color, mew=1.6)
         axis.plot([], [], "o", ms=11, mfc="none", mec="#555555", label="fastest of its kind")

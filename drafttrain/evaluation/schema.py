@@ -23,7 +23,7 @@ AUTOREGRESSIVE = "Autoregressive()"
 ALL = "all"
 """Name of the row of figures over all tasks together."""
 
-Kind = Literal["autoregressive", "fixed", "confidence", "head", "entropy", "oracle", "other"]
+Kind = Literal["autoregressive", "fixed", "confidence", "head", "entropy", "oracle", "known", "other"]
 
 
 @dataclass

@@ -13,9 +13,9 @@ from drafttrain.config import EvaluateConfig
 from drafttrain.decoding.counts import Counts
 from drafttrain.decoding.expression import build, parse_method
 from drafttrain.evaluation.cost import predict
-from drafttrain.evaluation.methods import ORACLE, USUAL, family_of, head_of
+from drafttrain.evaluation.methods import KNOWN, ORACLE, USUAL, family_of, head_of
 from drafttrain.evaluation.pair import Models
-from drafttrain.evaluation.policies import OraclePolicy, policy_of
+from drafttrain.evaluation.policies import OraclePolicy, ThresholdPolicy, policy_of
 from drafttrain.evaluation.replay import Tally, replay
 from drafttrain.evaluation.schema import Costs, Kind, SweepPoint
 from drafttrain.evaluation.trace_record import Record
@@ -27,6 +27,10 @@ RUN_KINDS: tuple[Kind, ...] = ("fixed", "head", "confidence", "entropy")
 
 STRICT = (0.97, 0.98, 0.99, 0.995, 0.999)
 """Thresholds swept beside those of the recipe: at high temperature the product of a few probabilities is small."""
+
+
+_KNOWN_THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(1, 50))
+"""Only the fastest of them is kept."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,17 @@ def sweep(
     weights: Mapping[str, float],
     sampling: str,
 ) -> list[SweepPoint]:
-    """Replay settings over the tuning split's traces, the oracle with them.
+    """Replay settings over the tuning split's traces, with them the oracle and the best that probabilities allow.
 
     Args:
         record: the traces, grouped by task.
         swept: the settings.
         models: to build their rules.
-        costs: by family; the oracle has those of fixed lengths, whose rule costs nothing.
+        costs: by family; what nothing can run has those of fixed lengths, whose rule costs nothing.
         weights: of tasks; ignored where no task that has a weight has an answer.
         sampling: name of the decoding setting that the traces were made for.
     """
-    longest = max((each.parameter or 0 for each in swept if each.kind == "fixed"), default=12)
+    longest = int(max((each.parameter or 0 for each in swept if each.kind == "fixed"), default=12))
     members = models.members()
     drafters = [build(each.method, members) for each in swept]
     policies = [
@@ -89,17 +93,22 @@ def sweep(
         for each, drafter in zip(swept, drafters, strict=True)
     ]
     everything = [*swept, Setting(ORACLE, "oracle", None)]
+    policies.append(OraclePolicy(longest))
+    if KNOWN in record.scores:
+        everything += [Setting(KNOWN, "known", h) for h in _KNOWN_THRESHOLDS]
+        policies += [ThresholdPolicy(KNOWN, h, maximum=longest) for h in _KNOWN_THRESHOLDS]
     if not any(tokens * weights.get(task, 1.0) for task, tokens in zip(record.groups, record.tokens_G, strict=True)):
         weights = {}
 
     def family(setting: Setting) -> str:
-        return "fixed" if setting.kind == "oracle" else family_of(setting.method)
+        return "fixed" if setting.kind in ("oracle", "known") else family_of(setting.method)
 
-    tallies = replay(record, [*policies, OraclePolicy(int(longest))])
-    return [
+    points = [
         _point(setting, tally, costs.get(family(setting), costs["fixed"]), weights, sampling)
-        for setting, tally in zip(everything, tallies, strict=True)
+        for setting, tally in zip(everything, replay(record, policies), strict=True)
     ]
+    known = sorted((point for point in points if point.kind == "known"), key=lambda point: -point.predicted_speedup)
+    return [point for point in points if point not in known[1:]]
 
 
 def _point(setting: Setting, tally: Tally, costs: Costs, weights: Mapping[str, float], sampling: str) -> SweepPoint:

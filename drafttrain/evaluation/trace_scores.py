@@ -67,6 +67,20 @@ def score_rows(
     return scored
 
 
+def known_probabilities(rows: Sequence[Mapping[str, Any]]) -> list[Scores]:
+    """The true acceptance probability min(1, p / q) of the drafted tokens of rows.
+
+    Behind a rejection it is zero: nothing is accepted there. A rule that stops by these scores knows what no head can,
+    so it bounds what a head of any kind gains; unlike perfect stopping it does not know how the coins will fall.
+    """
+    found = []
+    for row in rows:
+        log_ratio_T = np.asarray(row["log_p"], np.float64) - np.asarray(row["log_q"], np.float64)
+        values_TC = np.exp(np.minimum(log_ratio_T, 0.0)).astype(np.float32)[:, None]
+        found.append(Scores(values_TC, np.zeros((*np.shape(row["run_entropy"])[:2], 1), np.float32)))
+    return found
+
+
 def with_run_entropy(rows: Iterable[Mapping[str, Any]], manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows as `score_rows` wants them, from records as they lie on disk."""
     return [{**row, "run_entropy": unpack(row, manifest)["entropy"].run_values_MRC} for row in rows]

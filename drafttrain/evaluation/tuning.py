@@ -16,13 +16,13 @@ from drafttrain.dialogue import answer_text
 from drafttrain.distributed import say
 from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.measure import costs_by_family
-from drafttrain.evaluation.methods import family_of
+from drafttrain.evaluation.methods import KNOWN, family_of
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.questions import Question, is_right
 from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs
 from drafttrain.evaluation.trace_record import Record, record_of
-from drafttrain.evaluation.trace_scores import RULES, score_rows, with_run_entropy
+from drafttrain.evaluation.trace_scores import RULES, known_probabilities, score_rows, with_run_entropy
 from drafttrain.ops.sampling import Sampling
 from drafttrain.records import read_manifest, read_records
 from drafttrain.run_folder import RunFolder
@@ -132,6 +132,7 @@ def made_traces(
         ]
         rows += tracer.trace(responses)
     manifest = {
+        "sampling": dataclasses.asdict(sampling),
         "scores": list(RULES),
         "run_length": run_length,
         "eos_ids": sorted(models.ends),
@@ -161,6 +162,8 @@ def record_for_replay(models: Models, traces: Traces, references: Mapping[tuple[
     scored = with_run_entropy(rows, traces.manifest)
     drafter = models.engines()[1].model
     added = {name: score_rows(drafter, head, scored) for name, head in models.heads.items()}
+    if not Sampling(**traces.manifest["sampling"]).greedy:  # else it is 0 or 1, and the rule perfect stopping
+        added[KNOWN] = known_probabilities(scored)
     return record_of(rows, traces.manifest, added)
 
 

@@ -175,7 +175,7 @@ def _gap(sweep: Sequence[SweepPoint], first: SettingVerdict) -> str | None:
     """How far perfect stopping would go, and how much of the way there the best adaptive rule gets, by replay."""
     best = {
         kind: max((p.predicted_speedup for p in sweep if p.sampling == first.sampling and p.kind == kind), default=None)
-        for kind in ("fixed", "oracle", *_ADAPTIVE)
+        for kind in ("fixed", "oracle", "known", *_ADAPTIVE)
     }
     fixed, oracle = best["fixed"], best["oracle"]
     adaptive = {kind: best[kind] for kind in _ADAPTIVE if best[kind] is not None}
@@ -183,9 +183,15 @@ def _gap(sweep: Sequence[SweepPoint], first: SettingVerdict) -> str | None:
         return None
     kind = max(adaptive, key=adaptive.get)
     closed = max(0.0, (adaptive[kind] - fixed) / (oracle - fixed))
-    return (
+    line = (
         f"By replay, perfect stopping would reach {oracle:.2f} where the best fixed length reaches {fixed:.2f}; the "
-        f"{_ADAPTIVE[kind]} reaches {adaptive[kind]:.2f}, {100 * closed:.0f} % of the way."
+        f"{_ADAPTIVE[kind]} reaches {adaptive[kind]:.2f}, {100 * closed:.0f} % of the way"
+    )
+    if best["known"] is None:
+        return f"{line}."
+    share = max(0.0, (best["known"] - fixed) / (oracle - fixed))
+    return (
+        f"{line}; a head that knew every acceptance probability would reach {best['known']:.2f}, {100 * share:.0f} %."
     )
 
 

@@ -12,7 +12,7 @@ from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.loop import Decoder
 from drafttrain.errors import UserError
-from drafttrain.evaluation.trace_scores import RULES, Scores, flat_scores, score_rows, unpack
+from drafttrain.evaluation.trace_scores import RULES, Scores, flat_scores, known_probabilities, score_rows, unpack
 from drafttrain.evaluation.tracing import Tracer, TraceSettings, couple
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig
 from drafttrain.ops.random import sample
@@ -287,6 +287,13 @@ def test_scores_survive_their_flat_form():
     for name, expected in zip(("entropy", "h"), scores, strict=True):
         for stored, value in zip(found[name], expected, strict=True):
             np.testing.assert_allclose(stored, value, rtol=1e-6)
+
+
+def test_known_probabilities_are_those_of_acceptance_and_zero_behind_a_rejection():
+    row = {"log_p": np.log([0.2, 0.6]), "log_q": np.log([0.4, 0.3]), "run_entropy": np.ones((1, 3, 1))}
+    [known] = known_probabilities([row])
+    assert known.values_TC[:, 0].tolist() == pytest.approx([0.5, 1.0])
+    assert known.run_values_MRC.tolist() == [[[0.0]] * 3]
 
 
 def test_the_draft_of_the_record_is_the_drafters_in_greedy_decoding(models):

@@ -81,7 +81,8 @@ def test_the_report_holds_every_kind_under_every_setting(probe):
         kinds = [row.kind for row in report.methods if row.sampling == setting]
         assert kinds == ["autoregressive", "fixed", "head", "confidence"]
         swept = [point.kind for point in report.sweep if point.sampling == setting]
-        assert [swept.count(kind) for kind in ("fixed", "confidence", "head", "oracle")] == [4, 14, 9, 1]
+        counted = [swept.count(kind) for kind in ("fixed", "confidence", "head", "oracle", "known")]
+        assert counted == [4, 14, 9, 1, 0 if setting == "greedy" else 1]
     assert report.workload.prompts == {"chat": 3, "all": 3}
     assert all(row.costs and row.predicted_speedup and row.replayed_speedup for row in report.of("greedy"))
     assert all(row.kv_bytes and row.breakdown for row in report.methods)
