@@ -83,6 +83,8 @@ class DrafterConfig:
     """a drafter checkpoint to continue from, whatever its kind"""
     layers: list[int] = field(default_factory=list)
     """cut: which layers of the target to keep, counted from 0; negative numbers count from the end"""
+    fold: int = at_least(0, 0)
+    """cut: so many of the target's first layers, each token read alone, become the drafter's input embeddings"""
     config: dict[str, Any] = field(default_factory=dict)
     """new: keys of a transformers config, e.g. num_hidden_layers; the rest is taken from the target"""
     lora: LoraConfig | None = None

@@ -29,6 +29,9 @@ from drafttrain.models.loading import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_TOKENS_ALONE = 1024
+"""Tokens of the vocabulary that are read at a time."""
+
 _NOT_INHERITED = ("quantization_config", "architectures", "torch_dtype", "dtype", "auto_map")
 
 
@@ -77,7 +80,7 @@ def sketch_drafter(config: DrafterConfig, target: Loaded, trust_remote_code: boo
         check_same_tokenizer(target.tokenizer, load_tokenizer(path, trust_remote_code=trust_remote_code), path)
         shape = load_model_config(path, trust_remote_code=trust_remote_code)
     elif config.kind == "cut":
-        shape = _cut_config(target.model.config, config.layers)[0]
+        shape = _cut_config(target.model.config, config)[0]
     elif config.kind == "pretrained":
         raise _no_path()
     else:
@@ -221,7 +224,7 @@ def _per_layer(values: dict[str, Any]) -> list[str]:
 
 def _cut(config: DrafterConfig, target: Loaded) -> PreTrainedModel:
     source = target.model
-    shape, numbers = _cut_config(source.config, config.layers)
+    shape, numbers = _cut_config(source.config, config)
     if getattr(source, "is_quantized", False) or any(weight.is_meta for weight in source.parameters()):
         where = {"revision": target.revision, "trust_remote_code": target.trust_remote_code}
         source = load_causal_lm(target.path, dtype=config.dtype, **where)  # its weights as they are, not as served
@@ -229,12 +232,38 @@ def _cut(config: DrafterConfig, target: Loaded) -> PreTrainedModel:
     missing, unexpected = model.load_state_dict(_chosen_layers(source, numbers), strict=False)
     if missing or unexpected:
         raise UserError(f"{type(source).__name__} cannot be cut by layers ({[*missing, *unexpected][0]} does not fit).")
+    if config.fold:
+        model.get_input_embeddings().weight.data.copy_(_read_alone(source, config.fold))
     return _take_generation_config(model, target)
 
 
-def _cut_config(target: PretrainedConfig, layers: list[int]) -> tuple[PretrainedConfig, list[int]]:
-    numbers = layer_numbers(layers, target.get_text_config().num_hidden_layers)
+@torch.no_grad()
+def _read_alone(source: PreTrainedModel, layers: int) -> torch.Tensor:
+    """Each token's state behind the first layers where it stands alone, [V, H].
+
+    First layers look around little: what they do to a token is mostly its own. So as input embeddings these states let
+    later layers do without them, the heads that copy above all.
+
+    Raises:
+        UserError: the model does something to its embeddings before the first layer, and would do it to these.
+    """
+    table_VH = source.get_input_embeddings().weight
+    states = []
+    for tokens_N in torch.arange(len(table_VH), device=table_VH.device).split(_TOKENS_ALONE):
+        hidden = source.get_decoder()(tokens_N[:, None], output_hidden_states=True, use_cache=False).hidden_states
+        if not torch.equal(hidden[0][:, 0], table_VH[tokens_N]):
+            raise UserError(f"drafter.fold: {type(source).__name__} scales or places its embeddings; leave it out.")
+        states.append(hidden[layers][:, 0])
+    return torch.cat(states)
+
+
+def _cut_config(target: PretrainedConfig, config: DrafterConfig) -> tuple[PretrainedConfig, list[int]]:
+    numbers = layer_numbers(config.layers, target.get_text_config().num_hidden_layers)
+    if config.fold > numbers[0]:
+        raise UserError(f"drafter.fold is {config.fold}, but drafter.layers keeps layer {numbers[0]}; fold fewer.")
     values = _inheritable(target)
+    if config.fold:
+        values["tie_word_embeddings"] = False
     for name in _per_layer(values):
         values[name] = [values[name][number] for number in numbers]
     values["num_hidden_layers"] = len(numbers)

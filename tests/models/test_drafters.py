@@ -78,6 +78,29 @@ def test_a_cut_with_all_layers_is_the_target(model, config, tiny_tokenizer):
     assert all(parameter.requires_grad for parameter in drafter.parameters())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_folded_layers_are_in_the_embeddings_of_a_cut(tied, tiny_tokenizer):
+    target = load(family(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=tied), tiny_tokenizer)
+    settings = DrafterConfig(kind="cut", layers=[2, 3], fold=2)
+    drafter = build_drafter(settings, target)
+    alone = torch.tensor([[7], [200]])  # a token alone is read as the target reads it, all layers together
+    with torch.no_grad():
+        torch.testing.assert_close(drafter(alone).logits, target.model(alone).logits)
+    assert torch.equal(drafter.lm_head.weight, target.model.lm_head.weight)
+    assert not drafter.config.tie_word_embeddings
+    sketched = {name: value.shape for name, value in sketch_drafter(settings, target).named_parameters()}
+    assert sketched == {name: value.shape for name, value in drafter.named_parameters()}
+
+
+def test_what_cannot_be_folded_is_told(tiny_tokenizer):
+    target = load(family(LlamaForCausalLM, LlamaConfig), tiny_tokenizer)
+    with pytest.raises(UserError, match=r"drafter\.fold is 2, but drafter\.layers keeps layer 1"):
+        build_drafter(DrafterConfig(kind="cut", layers=[1, 3], fold=2), target)
+    scaled = load(family(GemmaForCausalLM, GemmaConfig), tiny_tokenizer)
+    with pytest.raises(UserError, match="scales or places its embeddings"):
+        build_drafter(DrafterConfig(kind="cut", layers=[1, 3], fold=1), scaled)
+
+
 @pytest.mark.parametrize(("model", "config"), FAMILIES)
 def test_a_cut_keeps_the_chosen_layers_and_what_is_shared(model, config, tiny_tokenizer):
     target = load(family(model, config), tiny_tokenizer)
