@@ -30,7 +30,8 @@ def test_a_prefix_is_reproducible_and_has_its_length(tiny_tokenizer, seed, token
     assert ids == code_prefix(seed, tokens, tiny_tokenizer, held_out)
 
 
-def test_a_prefix_longer_than_every_module_is_told(tiny_tokenizer, few_modules):
+def test_a_prefix_longer_than_every_module_is_told(tiny_tokenizer, few_modules, monkeypatch):
+    monkeypatch.setattr("data_prep.corpus._TRIES", 5)
     with pytest.raises(UserError, match=r"gives 1000000 tokens of code; lower prompts\.length"):
         code_prefix(0, 10**6, tiny_tokenizer, held_out=False)
 
