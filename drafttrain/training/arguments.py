@@ -93,10 +93,11 @@ def _placement(arguments: Mapping[str, Any], section: str) -> dict[str, Any]:
         )
     if torch.cuda.is_available():
         return {}
-    if not deepspeed:  # other accelerators too: models are loaded to CUDA or the CPU, and Apple's has no float64
-        return {"use_cpu": True}
-    _join_on_cpu()
-    return {"accelerator_config": {"use_configured_state": True}}
+    placement: dict[str, Any] = {"use_cpu": True}  # whatever else there is: models are loaded to CUDA or the CPU
+    if deepspeed:
+        _join_on_cpu()
+        placement["accelerator_config"] = {"use_configured_state": True}
+    return placement
 
 
 def _join_on_cpu() -> None:

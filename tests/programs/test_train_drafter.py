@@ -261,6 +261,15 @@ def test_deepspeed_gives_the_curve_of_one(made, alone, run, tmp_path, stage):
 
 
 @pytest.mark.slow
+def test_deepspeed_trains_in_mixed_precision_without_an_accelerator(made, alone, run, tmp_path):
+    pytest.importorskip("deepspeed")
+    command = [tool("deepspeed"), "--num_accelerators", "2", "--master_port", "29648", str(PROGRAM)]
+    settings = {"per_device_train_batch_size": 2, "bf16": "true", "deepspeed": "recipes/deepspeed/zero2.json"}
+    launch(*command, *flags(made, run, **settings), cwd=tmp_path)
+    assert curve(run) == pytest.approx(curve(alone), rel=0.02)
+
+
+@pytest.mark.slow
 def test_fsdp_gives_the_curve_of_one(made, alone, run, tmp_path):
     script = Path(__file__).with_name("fsdp_on_cpu.py")
     command = [tool("torchrun"), "--nproc_per_node", "2", "--master_port", "29647"]
