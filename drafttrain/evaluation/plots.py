@@ -46,7 +46,7 @@ NAMES = {
     "confidence": "confidence",
     "entropy": "entropy bound",
     "oracle": "oracle (perfect stopping)",
-    "known": "bound of all heads (known probabilities)",
+    "known": "bound of all heads",
     "other": "other",
     "autoregressive": "no drafter",
 }
@@ -174,7 +174,7 @@ def length(report: Report) -> Figure | None:
     for _, axis in panels[::2]:
         axis.set_ylabel("tokens per second")
     handles, labels = _unique_legend([axis for _, axis in panels])
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, 1 + len(panels)), fontsize=8.5)
     return figure
 
 
@@ -251,12 +251,12 @@ def pareto(report: Report) -> Figure | None:
         points = [point for point in report.sweep if point.sampling == name]
         for family in dict.fromkeys(_family(point) for point in points):
             _pareto_family(axis, [point for point in points if _family(point) == family], family)
-        axis.set_xlabel("discard rate: discarded drafted tokens per emitted token")
+        axis.set_xlabel("discard rate: discarded drafted tokens per token")
         axis.margins(0.06)
     for _, axis in panels[::2]:
-        axis.set_ylabel("verification rate: target forwards per emitted token")
+        axis.set_ylabel("verification rate: target forwards per token")
     handles, labels = _unique_legend([axis for _, axis in panels])
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, 1 + len(panels)), fontsize=8.5)
     return figure
 
 
