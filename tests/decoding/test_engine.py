@@ -6,7 +6,7 @@ import transformers as hf
 
 from drafttrain.decoding.engine import Engine, pad
 from drafttrain.errors import UserError
-from tests.conftest import build_llama
+from tests.conftest import build_llama, with_other_logits
 
 ROWS = [[5, 9, 3, 7, 2], [8, 1], [4, 4, 6]]
 
@@ -89,7 +89,9 @@ def test_the_text_part_of_a_model_with_pictures_is_read():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**sizes, "vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
     config = hf.Gemma3Config(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 16})
-    Engine(hf.Gemma3ForConditionalGeneration(config)).checked()
+    engine = Engine(hf.Gemma3ForConditionalGeneration(config))
+    assert engine.checked() is engine  # it has read tokens as the model itself does
+    assert (engine.layers, engine.groups) == (1, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -120,14 +122,5 @@ def test_a_family_that_the_decoder_cannot_read_is_refused_in_a_sentence(model):
 
 def test_a_model_whose_logits_are_not_understood_is_refused():
     """HyperCLOVA X multiplies by the setting that Granite divides by."""
-    scaled = build_llama(40)
-    plain = scaled.forward
-
-    def forward(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        out.logits = out.logits * 1.1
-        return out
-
-    scaled.forward = forward
     with pytest.raises(UserError, match="other logits"):
-        Engine(scaled).checked()
+        Engine(with_other_logits(build_llama(40))).checked()

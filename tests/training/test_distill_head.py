@@ -30,6 +30,7 @@ from drafttrain.training.distill_head import (
     output_head,
 )
 from drafttrain.training.losses import expected_acceptance, mixed
+from tests.conftest import with_other_logits
 
 LOSSES = ["forward_kl", "reverse_kl", "jensen_shannon", "jensen_shannon(0.1)", "total_variation", "cross_entropy"]
 SMALL = {
@@ -194,17 +195,8 @@ def test_a_taught_model_still_gives_logits():
 
 
 def test_an_architecture_with_unknown_logits_is_refused():
-    drafter = tiny(LlamaForCausalLM, LlamaConfig)
-    plain = drafter.forward
-
-    def scaled(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        out.logits = out.logits * 1.1
-        return out
-
-    drafter.forward = scaled
     with pytest.raises(UserError, match="does not compute its logits"):
-        check_head(drafter)
+        check_head(with_other_logits(tiny(LlamaForCausalLM, LlamaConfig)))
 
 
 def test_a_head_that_is_no_linear_layer_is_refused():
