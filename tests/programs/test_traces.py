@@ -126,6 +126,13 @@ def test_every_response_is_traced_in_order(models, run, capsys):
     assert f"traces: {ROWS} responses, {record.size} drafted tokens" in capsys.readouterr().out
 
 
+def test_log_z_is_stored_at_the_temperature_that_is_traced(models, run):
+    traces.main([*settings(models, run), "--traces.temperatures", "[0.25]"])
+    manifest = read_manifest(run / "traces", "traces")
+    assert manifest["temperatures"] == [0.25, manifest["sampling"]["temperature"]]
+    assert all(len(row["log_z_q"]) == 2 * len(row["response_ids"]) for row in rows(run))
+
+
 def test_a_second_run_changes_nothing_and_batches_do_not_matter(models, run, reference):
     traces.main([*settings(models, run), "--traces.batch_size", "5"])
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
