@@ -85,6 +85,8 @@ class DrafterConfig:
     """cut: which layers of the target to keep, counted from 0; negative numbers count from the end"""
     fold: int = at_least(0, 0)
     """cut: so many of the target's first layers, each token read alone, become the drafter's input embeddings"""
+    abreast: int = at_least(1, 1)
+    """cut: so many of the chosen layers at a time, in their order, become one wide layer, each a share of its heads"""
     config: dict[str, Any] = field(default_factory=dict)
     """new: keys of a transformers config, e.g. num_hidden_layers; the rest is taken from the target"""
     lora: LoraConfig | None = None
@@ -318,10 +320,12 @@ class StageConfig:
 
 @dataclass
 class PretrainConfig:
-    """Training of the reference target from scratch."""
+    """Training on the stream of the reference world: the reference target, or a drafter before it is distilled."""
 
+    of: Literal["target", "drafter"] = "target"
+    """target (`model`, from nothing, on the text) or drafter (the drafter section's, on the target's distributions)"""
     model: dict[str, Any] = field(default_factory=dict)
-    """keys of transformers.LlamaConfig"""
+    """of a target: keys of transformers.LlamaConfig"""
     stages: list[StageConfig] = field(default_factory=list)
     """stages of the stream: steps, tokens, lengths, mixture, jumps, choice_weight (training/pretrain_data.py)"""
     learning_rate: float = at_least(0.0, 0.004)
@@ -333,7 +337,7 @@ class PretrainConfig:
     save_every: int = at_least(1, 200)
     """steps between checkpoints and probes"""
     init_from: str | None = field(default=None, metadata=PATH)
-    """continue from the weights of this folder"""
+    """of a target: continue from the weights of this folder"""
     seed: int = 0
     """seed of weights and data order"""
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from drafttrain.config import DrafterConfig, LoraConfig, nearest
 from drafttrain.errors import UserError
+from drafttrain.models.abreast import side_by_side, widened
 from drafttrain.models.loading import (
     DTYPES,
     Loaded,
@@ -224,12 +225,12 @@ def _per_layer(values: dict[str, Any]) -> list[str]:
 
 def _cut(config: DrafterConfig, target: Loaded) -> PreTrainedModel:
     source = target.model
-    shape, numbers = _cut_config(source.config, config)
+    shape, rows = _cut_config(source.config, config)
     if getattr(source, "is_quantized", False) or any(weight.is_meta for weight in source.parameters()):
         where = {"revision": target.revision, "trust_remote_code": target.trust_remote_code}
         source = load_causal_lm(target.path, dtype=config.dtype, **where)  # its weights as they are, not as served
     model = _random(shape, config.dtype, seed=0)
-    missing, unexpected = model.load_state_dict(_chosen_layers(source, numbers), strict=False)
+    missing, unexpected = model.load_state_dict(_chosen_layers(source, rows), strict=False)
     if missing or unexpected:
         raise UserError(f"{type(source).__name__} cannot be cut by layers ({[*missing, *unexpected][0]} does not fit).")
     if config.fold:
@@ -257,31 +258,37 @@ def _read_alone(source: PreTrainedModel, layers: int) -> torch.Tensor:
     return torch.cat(states)
 
 
-def _cut_config(target: PretrainedConfig, config: DrafterConfig) -> tuple[PretrainedConfig, list[int]]:
+def _cut_config(target: PretrainedConfig, config: DrafterConfig) -> tuple[PretrainedConfig, list[list[int]]]:
+    """The settings of the cut, and for each of its layers the target's layers that it is made of."""
     numbers = layer_numbers(config.layers, target.get_text_config().num_hidden_layers)
     if config.fold > numbers[0]:
         raise UserError(f"drafter.fold is {config.fold}, but drafter.layers keeps layer {numbers[0]}; fold fewer.")
     values = _inheritable(target)
     if config.fold:
         values["tie_word_embeddings"] = False
+    rows = [numbers[at : at + config.abreast] for at in range(0, len(numbers), config.abreast)]
     for name in _per_layer(values):
-        values[name] = [values[name][number] for number in numbers]
-    values["num_hidden_layers"] = len(numbers)
-    return type(target.get_text_config())(**values), numbers
+        values[name] = [values[name][row[0]] for row in rows]
+    values["num_hidden_layers"] = len(rows)
+    if config.abreast > 1:
+        values |= widened(target.get_text_config(), rows)
+    return type(target.get_text_config())(**values), rows
 
 
-def _chosen_layers(source: PreTrainedModel, numbers: list[int]) -> dict[str, torch.Tensor]:
+def _chosen_layers(source: PreTrainedModel, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     """The target's state under the names of the cut model; everything outside the layers is shared by both."""
     prefix = _layer_prefix(source)
-    renamed = {number: index for index, number in enumerate(numbers)}
+    layers: dict[int, dict[str, torch.Tensor]] = {}
     state = {}
     for name, tensor in source.state_dict().items():
         if name.startswith(prefix):
             number, rest = name.removeprefix(prefix).split(".", 1)
-            if int(number) not in renamed:
-                continue
-            name = f"{prefix}{renamed[int(number)]}.{rest}"
-        state[name] = tensor
+            layers.setdefault(int(number), {})[rest] = tensor
+        else:
+            state[name] = tensor
+    for index, row in enumerate(rows):
+        layer = layers[row[0]] if len(row) == 1 else side_by_side([layers[number] for number in row])
+        state |= {f"{prefix}{index}.{rest}": tensor for rest, tensor in layer.items()}
     return state
 
 

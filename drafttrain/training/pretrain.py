@@ -1,8 +1,10 @@
-"""Training of the reference target from nothing: `drafttrain pretrain --config recipes/reference/target.yaml --run D`.
+"""Training on the reference world's stream: `drafttrain pretrain --config recipes/reference/target.yaml --run D`.
 
-Warm-up, stable, decay: the learning rate stays flat until the last stretch, so that a longer run is the same run with
-a later end, and a finished one can be continued from its weights. Reads RUN/corpus (data_prep/corpus.py), saves as it
-goes, resumes where it was killed, and leaves the model in RUN/target.
+The reference target from nothing, on the text; or a drafter before it is distilled on answers, on the distribution
+that its target gives every token of the text. Warm-up, stable, decay: the learning rate stays flat until the last
+stretch, so that a longer run is the same run with a later end, and a finished one can be continued from its weights.
+Reads RUN/corpus (data_prep/corpus.py), saves as it goes, resumes where it was killed, and leaves the model in
+RUN/target or RUN/drafter.
 """
 
 import dataclasses
@@ -27,12 +29,12 @@ from drafttrain.config import Parsed
 from drafttrain.errors import UserError
 from drafttrain.evaluation.answers import answer_examples, code_loss, held_out_examples
 from drafttrain.evaluation.tasks import KINDS, TASKS
-from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
-from drafttrain.models.drafters import new_config
+from drafttrain.models.checkpoint import CheckpointInfo, license_of, save_checkpoint
+from drafttrain.models.drafters import build_drafter, new_config
 from drafttrain.models.fingerprint import tokenizer_hash
-from drafttrain.models.loading import load_causal_lm, load_tokenizer
+from drafttrain.models.loading import Loaded, load_causal_lm, load_target, load_tokenizer
 from drafttrain.ops import causal_attention
-from drafttrain.recipe import PretrainConfig, StageConfig
+from drafttrain.recipe import PretrainConfig, Recipe, StageConfig
 from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import on_one_device
 from drafttrain.training.muon import MuonAdamW
@@ -47,21 +49,43 @@ def warmup_stable_decay(step: int, warmup: int, decay: int, total: int) -> float
     return max(0.0, min(1.0, (step + 1) / max(1, warmup), (total - step) / max(1, decay)))
 
 
-def weighted_loss(model: nn.Module, input_ids: Tensor, weights: Tensor, position_ids: Tensor) -> Tensor:
-    """Weighted mean next-token cross-entropy of a block [rows, length]; weights belong to the predicted tokens."""
-    states = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    return _head_loss(model.lm_head.weight, states[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), weights[:, 1:])
+def weighted_loss(
+    model: nn.Module, input_ids: Tensor, weights: Tensor, position_ids: Tensor, teacher: nn.Module | None = None
+) -> Tensor:
+    """Weighted mean loss of a block [rows, length]; weights belong to the predicted tokens.
+
+    Next-token cross-entropy; with a teacher its forward Kullback-Leibler divergence KL(teacher || model).
+    """
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    states = model.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+    weights = weights[:, 1:].flatten()
+    if teacher is None:
+        return _label_loss(model.lm_head.weight, states, weights, input_ids[:, 1:].flatten())
+    with torch.no_grad():
+        taught = teacher.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+    return _teacher_loss(model.lm_head.weight, states, weights, teacher.lm_head.weight, taught)
 
 
 @torch.compile(dynamic=False)
-def _head_loss(head: Tensor, states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def _label_loss(head: Tensor, states: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
     logits = nn.functional.linear(states, head)
     losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-    return (losses * weights.flatten()).sum() / weights.sum()
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.compile(dynamic=False)
+def _teacher_loss(head: Tensor, states: Tensor, weights: Tensor, teacher_head: Tensor, taught: Tensor) -> Tensor:
+    log_q = nn.functional.linear(states, head).float().log_softmax(-1)
+    log_p = nn.functional.linear(taught, teacher_head).float().log_softmax(-1)
+    return ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum() / weights.sum()
 
 
 class PretrainTrainer(Trainer):
     """The library's loop over blocks in their order, with the weighted loss."""
+
+    def __init__(self, *args: object, teacher: nn.Module | None = None, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self._teacher = None if teacher is None else teacher.to(self.args.device)
 
     def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -74,7 +98,7 @@ class PretrainTrainer(Trainer):
         """
         # the Trainer's own autocast wraps model.forward, which the loss goes around
         with torch.autocast(self.args.device.type, torch.bfloat16):
-            loss = weighted_loss(model, **inputs)
+            loss = weighted_loss(model, **inputs, teacher=self._teacher)
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; lower pretrain.learning_rate. "
@@ -138,16 +162,46 @@ def pretrain(parsed: Parsed) -> None:
         print(f"would train {steps} steps, {tokens / 1e6:.1f}M tokens, into {folder.path}")
         return
     folder.record(parsed, "drafttrain pretrain")
-    model, tokenizer = train(folder.path, settings)
-    info = CheckpointInfo(
-        kind="target",
-        recipe=parsed.resolved,
-        license="Apache-2.0",
-        description="Trained from nothing on the Python standard library's source and on procedural tasks.",
-    )
+    pair = load_pair(parsed.recipe) if settings.of == "drafter" else None
+    model, tokenizer = train(folder.path, settings, pair)
     model.to(torch.bfloat16)
-    save_checkpoint(folder.path / "target", model, tokenizer, info)
-    print(f"the target is in {folder.path / 'target'}")
+    destination = folder.path / settings.of
+    save_checkpoint(destination, model, tokenizer, _info(parsed, pair))
+    print(f"the {settings.of} is in {destination}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A drafter to train, and the frozen target to learn from."""
+
+    drafter: LlamaForCausalLM
+    target: Loaded
+
+
+def load_pair(recipe: Recipe) -> Pair:
+    """The pair of a recipe, the drafter as its section says, before any training.
+
+    Raises:
+        UserError: as `load_target` and `build_drafter`, or a drafter that is no plain Llama.
+    """
+    target = load_target(recipe.target)
+    drafter = build_drafter(recipe.drafter, target, recipe.seed, recipe.target.trust_remote_code)
+    if not isinstance(drafter, LlamaForCausalLM):
+        raise UserError(f"drafttrain pretrain trains a plain Llama, and this drafter is a {type(drafter).__name__}.")
+    return Pair(drafter, target)
+
+
+def _info(parsed: Parsed, pair: Pair | None) -> CheckpointInfo:
+    if pair is None:
+        about = "Trained from nothing on the Python standard library's source and on procedural tasks."
+        return CheckpointInfo(kind="target", recipe=parsed.resolved, license="Apache-2.0", description=about)
+    return CheckpointInfo(
+        kind="drafter",
+        target=pair.target.fingerprint,
+        recipe=parsed.resolved,
+        license=license_of(parsed.recipe.target.path),
+        description="Trained on the target's distributions over the text of the reference world.",
+    )
 
 
 def check_stages(stages: list[StageConfig]) -> None:
@@ -169,17 +223,29 @@ def check_stages(stages: list[StageConfig]) -> None:
             )
 
 
-def train(run: Path, settings: PretrainConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train(
+    run: Path, settings: PretrainConfig, pair: Pair | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train, or go on training, the model of a run folder that holds `corpus/`; returns it with its final weights.
 
+    Args:
+        run: the run folder.
+        settings: of the training.
+        pair: the drafter to train and its target; None trains a target.
+
     Raises:
-        UserError: `init_from` is no such model or has another tokenizer, or the loss is no number.
+        UserError: `init_from` is no such model, it or the pair has another tokenizer, or the loss is no number.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "corpus" / "tokenizer")
     held_out = torch.from_numpy(np.load(run / "corpus" / "held_out.npy").astype(np.int32))
-    model = new_model(settings.model, tokenizer, settings.seed)
-    if settings.init_from:
-        _take_weights(model, tokenizer, settings.init_from)
+    if pair is not None:
+        _check_tokenizer(pair.target.tokenizer, tokenizer, f"the target {pair.target.path}")
+        model, teacher = pair.drafter, pair.target.model.requires_grad_(False)
+        _compile(teacher)
+    else:
+        model, teacher = new_model(settings.model, tokenizer, settings.seed), None
+        if settings.init_from:
+            _take_weights(model, tokenizer, settings.init_from)
     _compile(model)
     corpus = np.load(run / "corpus" / "train.npy")
     blocks = Blocks(settings.stages, corpus, tokenizer, model.config.max_position_embeddings, settings.seed)
@@ -195,6 +261,7 @@ def train(run: Path, settings: PretrainConfig) -> tuple[LlamaForCausalLM, PreTra
         processing_class=tokenizer,  # saved with every checkpoint, so that a run can be continued from one
         optimizers=(optimizer, schedule),
         callbacks=[Probe(run, tokenizer, held_out, settings.save_every)],
+        teacher=teacher,
     )
     checkpoint = last_checkpoint(run / "pretrain")
     _note_settings(run / "pretrain", settings, checkpoint)
@@ -204,15 +271,17 @@ def train(run: Path, settings: PretrainConfig) -> tuple[LlamaForCausalLM, PreTra
 
 
 def _take_weights(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: str) -> None:
-    if tokenizer_hash(load_tokenizer(path)) != tokenizer_hash(tokenizer):
-        raise UserError(
-            f"pretrain.init_from {path} has another tokenizer than the corpus; name a model trained on this corpus."
-        )
+    _check_tokenizer(load_tokenizer(path), tokenizer, f"pretrain.init_from {path}")
     try:
         model.load_state_dict(load_causal_lm(path, dtype="float32").state_dict())
     except RuntimeError as error:
         detail = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"pretrain.init_from {path} has another shape than pretrain.model ({detail}).") from None
+
+
+def _check_tokenizer(found: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast, whose: str) -> None:
+    if tokenizer_hash(found) != tokenizer_hash(tokenizer):
+        raise UserError(f"{whose} has another tokenizer than the corpus; name a model trained on this corpus.")
 
 
 def _note_settings(work: Path, settings: PretrainConfig, checkpoint: Path | None) -> None:

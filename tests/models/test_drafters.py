@@ -26,6 +26,7 @@ from transformers import (
 from data_prep.planning import target_facts
 from drafttrain.config import DrafterConfig, LoraConfig, TargetConfig
 from drafttrain.errors import UserError
+from drafttrain.models import abreast
 from drafttrain.models.drafters import build_drafter, inner, is_lora, layer_numbers, merged, sketch_drafter
 from drafttrain.models.fingerprint import fingerprint
 from drafttrain.models.loading import Loaded
@@ -99,6 +100,39 @@ def test_what_cannot_be_folded_is_told(tiny_tokenizer):
     scaled = load(family(GemmaForCausalLM, GemmaConfig), tiny_tokenizer)
     with pytest.raises(UserError, match="scales or places its embeddings"):
         build_drafter(DrafterConfig(kind="cut", layers=[1, 3], fold=1), scaled)
+
+
+@pytest.mark.parametrize(("model", "config"), [each for each in FAMILIES if each[1].model_type in abreast.FAMILIES])
+def test_layers_abreast_add_up_what_each_adds(model, config, tiny_tokenizer):
+    target = load(family(model, config), tiny_tokenizer)
+    for layer in target.model.model.layers:  # norms and biases that a wide layer must not mix up
+        for name, weight in layer.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                torch.nn.init.normal_(weight, 1.0, 0.3)
+    ids = IDS[:, :4]  # within a sliding window
+    settings = DrafterConfig(kind="cut", layers=[0, 1, 2, 3], abreast=2)
+    drafter = build_drafter(settings, target)
+    with torch.no_grad():
+        found = drafter(ids, use_cache=False, output_hidden_states=True).hidden_states[1]
+        layers, states = target.model.model.layers[:2], target.model.get_input_embeddings()(ids)
+        positions = torch.arange(ids.shape[1])[None]
+        around = {"position_embeddings": target.model.model.rotary_emb(states, positions), "attention_mask": None}
+        read = states + sum(layer.self_attn(layer.input_layernorm(states), **around)[0] for layer in layers)
+        expected = read + sum(layer.mlp(layer.post_attention_layernorm(read)) for layer in layers)
+    torch.testing.assert_close(found, expected)
+    sketched = {name: value.shape for name, value in sketch_drafter(settings, target).named_parameters()}
+    assert sketched == {name: value.shape for name, value in drafter.named_parameters()}
+
+
+def test_what_cannot_stand_abreast_is_told(tiny_tokenizer):
+    llama, gemma = (load(family(*each), tiny_tokenizer) for each in (FAMILIES[0], (GemmaForCausalLM, GemmaConfig)))
+    for layers, number, target, sentence in (
+        ([0, 1, 2], 2, llama, "does not divide into rows of 2"),
+        ([0, 1, 2], 3, llama, "which do not divide the hidden size"),
+        ([0, 1], 2, gemma, "knows llama, mistral, qwen2 layers, not gemma"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            build_drafter(DrafterConfig(kind="cut", layers=layers, abreast=number), target)
 
 
 @pytest.mark.parametrize(("model", "config"), FAMILIES)

@@ -1,15 +1,21 @@
 """Training from nothing: the schedule, the optimizer and a run that is cut short."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from drafttrain.config import parse
+from drafttrain.config import DrafterConfig, parse
 from drafttrain.errors import UserError
+from drafttrain.models.checkpoint import read_info
+from drafttrain.models.drafters import build_drafter
+from drafttrain.models.fingerprint import fingerprint
+from drafttrain.models.loading import Loaded
 from drafttrain.recipe import PretrainConfig, StageConfig
 from drafttrain.training.muon import MuonAdamW
 from drafttrain.training.pretrain import (
@@ -19,6 +25,7 @@ from drafttrain.training.pretrain import (
     pretrain,
     train,
     warmup_stable_decay,
+    weighted_loss,
 )
 from tests.conftest import build_llama, build_tokenizer
 
@@ -117,6 +124,46 @@ def test_weights_to_start_from_are_taken_only_where_they_belong(tmp_path, tiny_t
     with pytest.raises(UserError, match=r"another shape than pretrain\.model") as error:
         _take_weights(tiny_target, tiny_tokenizer, small)
     assert "\n" not in str(error.value)
+
+
+def test_a_teacher_is_followed_where_the_text_is_not(tiny_target, tiny_tokenizer):
+    torch.manual_seed(0)
+    teacher, ids = build_llama(len(tiny_tokenizer), seed=7).requires_grad_(False), torch.randint(6, 200, (2, 24))
+    weights, places = torch.rand(2, 24), torch.arange(24).expand(2, -1)
+    with torch.no_grad():
+        p, q = (model(ids).logits[:, :-1].double().softmax(-1) for model in (teacher, tiny_target))
+        divergence = (p * (p / q).log()).sum(-1)
+    expected = (divergence * weights[:, 1:]).sum() / weights[:, 1:].sum()
+    with torch.compiler.set_stance("force_eager"):
+        loss = weighted_loss(tiny_target, ids, weights, places, teacher)
+        assert weighted_loss(teacher, ids, weights, places, teacher).abs() < 1e-6
+    torch.testing.assert_close(loss, expected.float())
+
+
+def test_a_drafter_learns_its_target_and_is_saved_as_its_drafter(tmp_path, tiny_target, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("drafttrain.training.pretrain._compile", lambda model: None)
+    monkeypatch.setattr("drafttrain.training.pretrain.PROBES", {})
+    save_corpus(tmp_path, tiny_tokenizer)
+    tiny_target.save_pretrained(tmp_path / "big")
+    tiny_tokenizer.save_pretrained(tmp_path / "big")
+    stages = [{"steps": 6, "tokens": 256, "lengths": {64: 1.0}, "mixture": {"code": 1.0}}]
+    recipe = {
+        "target": {"path": str(tmp_path / "big")},
+        "drafter": {"kind": "cut", "layers": [0]},
+        "pretrain": {"of": "drafter", "stages": stages, "learning_rate": 0.01, "warmup_steps": 1, "decay_steps": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with torch.compiler.set_stance("force_eager"):
+        pretrain(parse("", ("pretrain",), ["--config", str(tmp_path / "recipe.yaml"), "--run", str(tmp_path)]))
+    before, drafter = AutoModelForCausalLM.from_pretrained(tmp_path / "big"), read_info(tmp_path / "drafter")
+    assert drafter.kind == "drafter" and drafter.target == fingerprint(before, tiny_tokenizer)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "drafter", dtype=torch.float32)
+    cut = build_drafter(DrafterConfig(kind="cut", layers=[0]), Loaded(before, tiny_tokenizer, drafter.target, "big"))
+    ids = torch.arange(6, 38)[None] * 7 % 60 + 6
+    with torch.no_grad():
+        p = before(ids).logits.softmax(-1)
+        overlap = [torch.minimum(p, model(ids).logits.softmax(-1)).sum(-1).mean() for model in (cut, trained)]
+    assert overlap[1] > overlap[0]
 
 
 def test_going_on_with_other_settings_is_said(tmp_path, capsys):
