@@ -9,6 +9,7 @@ from drafttrain.config import parse
 from drafttrain.models.checkpoint import read_info
 from drafttrain.train_drafter import main
 from drafttrain.training.drafter_plan import cache_values
+from drafttrain.training.pretrain import check_stages, load_pair
 from tests.conftest import build_tokenizer
 from tests.training.drafting import save_responses
 
@@ -30,6 +31,10 @@ TINY = {
 PAIRS = {
     "reference/pair.yaml": (LlamaConfig(**TINY, num_hidden_layers=12, tie_word_embeddings=True), None),
     "reference/pair_small.yaml": (LlamaConfig(**TINY, num_hidden_layers=12, tie_word_embeddings=True), None),
+    "reference/adaptive.yaml": (
+        LlamaConfig(**TINY, num_hidden_layers=12, tie_word_embeddings=True),
+        LlamaConfig(**TINY, num_hidden_layers=2),
+    ),
     "qwen3-8b-0.6b-24gb.yaml": (
         Qwen3Config(**TINY, num_hidden_layers=3),
         Qwen3Config(**TINY | {"vocab_size": 320}, num_hidden_layers=2, tie_word_embeddings=True),
@@ -71,6 +76,15 @@ def test_a_recipe_plans_and_trains_on_tiny_weights_of_its_architecture(command, 
     assert read_info(folder).metrics["step"] == 1
     target, drafter = (AutoConfig.from_pretrained(path) for path in (tmp_path / "target", folder))
     assert drafter.model_type == target.model_type and drafter.num_hidden_layers < target.num_hidden_layers
+
+
+def test_the_reference_drafter_is_cut_as_its_recipe_says(tmp_path):
+    path = save(LlamaConfig(**TINY, num_hidden_layers=12, tie_word_embeddings=True), tmp_path / "target")
+    words = ["--config", str(RECIPES / "reference/drafter.yaml"), "--run", str(tmp_path), "--target.path", path]
+    recipe = parse("", ("pretrain",), words).recipe
+    check_stages(recipe.pretrain.stages)
+    pair = load_pair(recipe)
+    assert pair.drafter.config.num_hidden_layers == 2 and pair.drafter.config.num_attention_heads == 8
 
 
 def test_the_caches_of_the_24gb_recipe_take_what_it_says():
