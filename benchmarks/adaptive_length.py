@@ -8,7 +8,8 @@ Runs the chain of a recipe with the programs a user would run, greedy and at tem
 setting they serve), with one head a training seed and one in the published setting (recipes/published/specdecpp.yaml,
 with our number of steps and learning rate, which its own would leave untrained on so few answers). Both settings take
 one drafter, distilled at temperature 1 on prompts of its own: on those that heads learn from it must not accept by
-memory. What is done is reused, so a killed run goes on.
+memory. Greedy answers are to tasks that end, code left out: open-ended greedy text loops. What is done is reused, so a
+killed run goes on.
 
 Thresholds and lengths are chosen by replay on the tuning split; the two best of each kind are really run on the test
 split, interleaved. The best fixed length and the best confidence rule are those that turned out fastest there, a head's
@@ -97,6 +98,8 @@ def distil(options: argparse.Namespace) -> list[list[str]]:
 def chain(name: str, options: argparse.Namespace) -> list[list[str]]:
     """The commands of one decoding setting, likewise."""
     run = [*_run(name, TEMPERATURES[name], options), "--drafter.path", str(options.run / "distil" / "drafter")]
+    if name == "greedy":
+        run += ["--prompts.mixture", str({task: count for task, count in options.mixture.items() if task != "code"})]
     ours = [*_ours(options), *run, "--traces.run_length", str(RUN_LENGTH)]
     published = ["--config", "recipes/published/specdecpp.yaml", *run]
     published += ["--target.path", options.target, "--head.folder", PUBLISHED]
@@ -215,7 +218,7 @@ def _options() -> argparse.Namespace:
         options.set += [part for name, value in QUICK.items() for part in (f"--{name}", str(value))]
     parsed = parse("", [], ["--config", str(options.config), "--run", str(options.run), *options.set])
     options.config, options.target = parsed.config.resolve(), parsed.recipe.target.path
-    options.head_arguments = parsed.recipe.head.arguments
+    options.head_arguments, options.mixture = parsed.recipe.head.arguments, parsed.recipe.prompts.mixture
     return options
 
 

@@ -127,7 +127,7 @@ def _collect(settings: PromptsConfig, tokenizer: "PreTrainedTokenizerBase") -> I
     if settings.source == "reference":
         from data_prep.reference_prompts import reference_conversations
 
-        return reference_conversations(settings.mixture, settings.length, settings.held_out, settings.seed, tokenizer)
+        return reference_conversations(settings, tokenizer)
     path = _required_path(settings)
     rows = read_hub(str(path), settings.hub_split) if settings.source == "hub" else read_rows(Path(path))
     return conversations(rows, settings.preset, settings.fields)

@@ -6,12 +6,12 @@ seen none of them.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data_prep.presets import Conversation, chat
-from drafttrain.config import nearest
+from drafttrain.config import PromptsConfig, nearest
 from drafttrain.errors import UserError
 from drafttrain.evaluation.tasks import HELD_OUT, KINDS, TASKS, Example, generate, kinds
 
@@ -35,6 +35,7 @@ DEFAULT_MIXTURE: dict[str, int] = {
 _ASKED_AGAIN = ("recall", "trace", "facts")  # tasks that take several questions about one document
 _QUESTIONS = (1, 1, 2, 3)
 _LEAST_LENGTH_ASKED_AGAIN = 256
+_LEAST_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,14 @@ class World:
     seed: int
 
 
-def reference_conversations(
-    mixture: Mapping[str, int], length: int, held_out: float, seed: int, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[Conversation]:
+def reference_conversations(settings: PromptsConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Conversation]:
     """The prompts of a mixture, each with its split.
 
     Args:
-        mixture: `code`, a task or a kind -> number of prompts; a task's prompts go round its kinds.
-        length: tokens of a whole example.
-        held_out: share of each entry for test, and again for tuning; at least one each if there are three prompts.
-        seed: of the choice.
+        settings: `mixture` maps `code`, a task or a kind to a number of prompts (a task's go round its kinds) and
+            `lengths` some of them to their own `length`; `held_out` is the share of each entry for test, and again for
+            tuning, at least one each if there are three prompts; `seed` is of the choice.
+        tokenizer: the target's.
 
     Raises:
         UserError: unknown entry, or a length too small for a kind.
@@ -72,10 +71,17 @@ def reference_conversations(
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    world = World(tokenizer, count, length, seed)
-    for name, number in (mixture or DEFAULT_MIXTURE).items():
+    mixture = settings.mixture or DEFAULT_MIXTURE
+    for name, length in settings.lengths.items():
+        if name not in mixture or length < _LEAST_LENGTH:
+            raise UserError(
+                f"prompts.lengths gives {name} {length} tokens; name an entry of the mixture ({', '.join(mixture)}) "
+                f"and at least {_LEAST_LENGTH}."
+            )
+    for name, number in mixture.items():
+        world = World(tokenizer, count, settings.lengths.get(name, settings.length), settings.seed)
         entries = _kinds_of(name)
-        splits = _splits(f"{seed}/{name}", number, held_out)
+        splits = _splits(f"{settings.seed}/{name}", number, settings.held_out)
         for at in range(number):
             yield _conversation(world, entries[at % len(entries)], f"{name}/{at}", splits[at])
 

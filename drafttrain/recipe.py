@@ -116,6 +116,8 @@ class PromptsConfig:
     """reference: how many prompts of each task kind; empty takes a balanced default"""
     length: int = at_least(16, 512)
     """reference: length in tokens of the prompts of tasks that can be made at any length"""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """reference: entries of the mixture that are made at another length, e.g. {revise: 160}"""
     limit: int | None = at_least(1, None)
     """use at most this many prompts"""
     max_tokens: int | None = at_least(1, None)

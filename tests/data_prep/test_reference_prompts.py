@@ -15,8 +15,9 @@ from tests.conftest import build_tokenizer
 TOKENIZER = build_tokenizer()
 
 
-def make(mixture, length=300, held_out=0.2, seed=0):
-    return list(reference_conversations(mixture, length, held_out, seed, TOKENIZER))
+def make(mixture, length=300, held_out=0.2, seed=0, **settings):
+    asked = PromptsConfig(mixture=mixture, length=length, held_out=held_out, seed=seed, **settings)
+    return list(reference_conversations(asked, TOKENIZER))
 
 
 def test_seeds_tell_the_splits_apart():
@@ -42,6 +43,20 @@ def test_an_example_can_be_made_again_from_its_record_to_be_scored():
     example = generate(record["kind"], record["seed"], record["length"], count)
     assert json.loads(record["reference"])["answers"] == [turn.answer for turn in example.turns]
     assert example.turns[0].user in TOKENIZER.decode(record["prompt_ids"])
+
+
+def test_an_entry_can_have_a_length_of_its_own():
+    made = make({"revise": 3, "trace": 3}, lengths={"revise": 160})
+    assert {each.task: each.length for each in made} == {"revise": 160, "trace": 300}
+    short = [len(TOKENIZER(each.said()[0])["input_ids"]) for each in made if each.task == "revise"]
+    assert max(short) < 160
+    assert [each for each in made if each.task == "trace"] == make({"trace": 3})
+
+
+@pytest.mark.parametrize("lengths", [{"recall": 160}, {"trace": 15}])
+def test_a_length_of_no_entry_or_of_nothing_is_one_sentence(lengths):
+    with pytest.raises(UserError, match=r"name an entry of the mixture \(revise, trace\) and at least 16\.$"):
+        make({"revise": 3, "trace": 3}, lengths=lengths)
 
 
 def test_some_conversations_have_several_turns():
