@@ -52,6 +52,7 @@ RUN_LENGTH = 19
 QUICK = {
     "prompts.mixture": "{code: 12, recall: 12}",
     "prompts.length": 160,
+    "prompts.lengths": "{}",
     "responses.max_new_tokens": 24,
     "training.arguments.max_steps": 4,
     "training.tau_evaluations": 0,

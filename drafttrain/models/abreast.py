@@ -1,6 +1,6 @@
 """Layers of a model side by side: one wide layer that adds up what they would each have added to its input.
 
-A step of a small drafter costs by its depth, every kernel waiting for the one before, far more than by its width. So
+A step of a small drafter costs by its depth, every kernel waiting for the one before, more than by its width. So
 neighbours among the target's last layers, which change what passes through them little, are read at once and not in
 turn. For layers 1..n with attentions A_i and feed-forwards F_i (their norms included), the wide layer is
 
@@ -33,11 +33,14 @@ def widened(config: PretrainedConfig, rows: list[list[int]]) -> dict[str, int]:
     """Settings of a model that differ when each of its layers is a row of this model's layers.
 
     Raises:
-        UserError: another family, rows of unequal length, or more heads than the family allows.
+        UserError: another family, rows of unequal length or unlike layers, or more heads than the family allows.
     """
     abreast = len(rows[0])
     if config.model_type not in FAMILIES:
         raise UserError(f"drafter.abreast knows {', '.join(FAMILIES)} layers, not {config.model_type}; leave it out.")
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    if any(len({kinds[number] for number in row}) > 1 for row in rows):
+        raise UserError("drafter.abreast would put layers of unlike attention side by side; choose others.")
     if len(rows[-1]) != abreast:
         raise UserError(f"drafter.layers does not divide into rows of {abreast} (drafter.abreast); name more or fewer.")
     heads = config.num_attention_heads * abreast

@@ -182,12 +182,18 @@ def load_pair(recipe: Recipe) -> Pair:
     """The pair of a recipe, the drafter as its section says, before any training.
 
     Raises:
-        UserError: as `load_target` and `build_drafter`, or a drafter that is no plain Llama.
+        UserError: as `load_target` and `build_drafter`, a model that is no plain Llama, or unlike output heads.
     """
     target = load_target(recipe.target)
     drafter = build_drafter(recipe.drafter, target, recipe.seed, recipe.target.trust_remote_code)
-    if not isinstance(drafter, LlamaForCausalLM):
-        raise UserError(f"drafttrain pretrain trains a plain Llama, and this drafter is a {type(drafter).__name__}.")
+    for name, model in (("target", target.model), ("drafter", drafter)):
+        if not isinstance(model, LlamaForCausalLM):
+            raise UserError(f"drafttrain pretrain takes plain Llamas, and this {name} is a {type(model).__name__}.")
+    if drafter.config.vocab_size != target.model.config.vocab_size:
+        raise UserError(
+            f"the drafter has {drafter.config.vocab_size} output rows and the target {target.model.config.vocab_size}; "
+            "drafttrain pretrain compares them row by row, so take one of the target's size."
+        )
     return Pair(drafter, target)
 
 

@@ -126,10 +126,13 @@ def test_layers_abreast_add_up_what_each_adds(model, config, tiny_tokenizer):
 
 def test_what_cannot_stand_abreast_is_told(tiny_tokenizer):
     llama, gemma = (load(family(*each), tiny_tokenizer) for each in (FAMILIES[0], (GemmaForCausalLM, GemmaConfig)))
+    kinds = ["full_attention", "sliding_attention"] * 2
+    mixed = load(family(Qwen2ForCausalLM, Qwen2Config, layer_types=kinds, use_sliding_window=True), tiny_tokenizer)
     for layers, number, target, sentence in (
         ([0, 1, 2], 2, llama, "does not divide into rows of 2"),
         ([0, 1, 2], 3, llama, "which do not divide the hidden size"),
         ([0, 1], 2, gemma, "knows llama, mistral, qwen2 layers, not gemma"),
+        ([0, 1], 2, mixed, "layers of unlike attention side by side"),
     ):
         with pytest.raises(UserError, match=sentence):
             build_drafter(DrafterConfig(kind="cut", layers=layers, abreast=number), target)
