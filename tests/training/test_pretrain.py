@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from drafttrain.config import DrafterConfig, parse
+from drafttrain.config import DrafterConfig, TargetConfig, parse
 from drafttrain.errors import UserError
 from drafttrain.models.checkpoint import read_info
 from drafttrain.models.drafters import build_drafter
 from drafttrain.models.fingerprint import fingerprint
 from drafttrain.models.loading import Loaded
-from drafttrain.recipe import PretrainConfig, StageConfig
+from drafttrain.recipe import PretrainConfig, Recipe, StageConfig
 from drafttrain.training.muon import MuonAdamW
 from drafttrain.training.pretrain import (
     _note_settings,
     _take_weights,
     check_stages,
+    load_pair,
     pretrain,
     train,
     warmup_stable_decay,
@@ -164,6 +165,25 @@ def test_a_drafter_learns_its_target_and_is_saved_as_its_drafter(tmp_path, tiny_
         p = before(ids).logits.softmax(-1)
         overlap = [torch.minimum(p, model(ids).logits.softmax(-1)).sum(-1).mean() for model in (cut, trained)]
     assert overlap[1] > overlap[0]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "model", "sentence"),
+    [(310, LlamaForCausalLM, "310 output rows and the target 300"), (300, GPT2LMHeadModel, "is a GPT2LMHeadModel")],
+)
+def test_a_drafter_that_cannot_be_compared_is_told(tmp_path, tiny_target, tiny_tokenizer, vocabulary, model, sentence):
+    tiny_target.save_pretrained(tmp_path / "big")
+    small = (
+        build_llama(vocabulary)
+        if model is LlamaForCausalLM
+        else model(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2))
+    )
+    small.save_pretrained(tmp_path / "small")
+    for name in ("big", "small"):
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    drafter = DrafterConfig(kind="pretrained", path=str(tmp_path / "small"))
+    with pytest.raises(UserError, match=sentence):
+        load_pair(Recipe(target=TargetConfig(path=str(tmp_path / "big")), drafter=drafter))
 
 
 def test_going_on_with_other_settings_is_said(tmp_path, capsys):
