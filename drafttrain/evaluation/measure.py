@@ -37,8 +37,8 @@ def costs_by_family(families: Mapping[str, Timings], baseline: Timings, widths: 
     unit = _median(each.total for each in baseline.rounds)
     found = {}
     for family, timings in families.items():
-        own = [(each.draft / each.unit - begin) / each.steps for each in timings.rounds if each.steps]
-        c = max(step, _median(own)) if own and family != FIXED else step
+        own = [each for each in timings.rounds if each.steps]
+        c = max(step, _step_cost(own, begin)) if own and family != FIXED else step
         found[family] = Costs(unit, dict.fromkeys(timings.counts.draft_forwards, c), verify, o)
     return found
 
@@ -55,6 +55,12 @@ def draft_line(rounds: Sequence[Round]) -> tuple[float, float]:
         if step > 0 and begin > 0:
             return float(begin), float(step)
     return 0.0, _median(median / count for median, count in zip(medians, steps, strict=True))
+
+
+def _step_cost(rounds: Sequence[Round], begin: float) -> float:
+    """What a step costs on the median: over steps, not rounds, since most of the time goes into long drafts."""
+    costs = [(each.draft / each.unit - begin) / each.steps for each in rounds]
+    return _median(np.repeat(costs, [each.steps for each in rounds]))
 
 
 def verify_costs(rounds: Iterable[Round], widths: int) -> list[float]:

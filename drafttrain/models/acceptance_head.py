@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -163,7 +162,6 @@ class AcceptanceHead(nn.Module):
             vocabulary, width = config.embeddings
             self.token_input = nn.Linear(width, config.token_rank, bias=False)
             self.register_buffer("token_table", torch.zeros(vocabulary, config.token_rank))
-        self._numpy: _NumpyWeights | None = None
         self.calibrated = config.calibrated
 
     @property
@@ -216,8 +214,8 @@ class AcceptanceHead(nn.Module):
     ) -> Tensor:
         """Predicted acceptance P' of drafted tokens, computed in float32.
 
-        The decoder calls this once per drafted token, so nothing here reads a value from the device, and on a CPU,
-        where starting an operation costs more than its arithmetic, NumPy computes it (a third of the time).
+        The decoder calls this once per drafted token, so nothing here reads a value from the device, and operations are
+        few: starting one costs more than its arithmetic (with NumPy's, on a CPU, more than twice as much).
 
         Args:
             hidden_BH: the drafter's last hidden state after its final norm; producing or consumed, as `config.state`.
@@ -233,8 +231,6 @@ class AcceptanceHead(nn.Module):
             ValueError: a feature that the head reads was not given.
         """
         scalars = (log_q_B, entropy_B, step_B)
-        if hidden_BH.device.type == "cpu":
-            return self._score_on_cpu(hidden_BH, scalars, tokens_B)
         token_BF = self.token_table[_given("token", tokens_B)] if "token" in self.config.features else None
         return torch.sigmoid(self._logits(hidden_BH, scalars, token_BF).float() + self._shift)
 
@@ -252,7 +248,7 @@ class AcceptanceHead(nn.Module):
 
     def _logits(self, hidden_BH: Tensor, scalars: Sequence[Tensor | None], token_BF: Tensor | None) -> Tensor:
         x_BH = hidden_BH.to(self.output.weight.dtype)
-        columns = self._columns(torch, scalars)
+        columns = self.scalar_columns(scalars)
         columns_BF = torch.stack(columns, dim=-1).to(x_BH.dtype) if columns else None
         if token_BF is not None:
             columns_BF = token_BF if columns_BF is None else torch.cat([columns_BF, token_BF], dim=-1)
@@ -265,58 +261,14 @@ class AcceptanceHead(nn.Module):
             logit_B1 = logit_B1 + self.feature_output(columns_BF)
         return logit_B1.squeeze(-1)
 
-    def _score_on_cpu(self, hidden_BH: Tensor, scalars: Sequence[Tensor | None], tokens_B: Tensor | None) -> Tensor:
-        weights = self._numpy or self._numpy_weights()
-        x_BH = hidden_BH.float().numpy()
-        single = len(x_BH) == 1
-        if single:
-            x_BH = x_BH[0]  # a vector times a matrix is quicker than a matrix of one row
-        logit_B = weights.output_bias + self._shift
-        if self.config.features:
-            given = [None if value is None else value.float().numpy() for value in scalars]
-            columns = self._columns(np, given)
-            columns_BF = np.array(columns, dtype=np.float32).reshape(len(columns), len(hidden_BH)).T
-            if weights.token_table is not None:
-                token_BF = weights.token_table[_given("token", tokens_B).numpy()]
-                columns_BF = np.concatenate([columns_BF, token_BF], axis=1)
-            if single:
-                columns_BF = columns_BF[0]
-            x_BH = x_BH + columns_BF @ weights.feature_input
-            logit_B = logit_B + columns_BF @ weights.feature_output
-        for weight, bias in weights.blocks:
-            z_BH = x_BH @ weight + bias
-            x_BH = x_BH + z_BH * _sigmoid(z_BH)
-        return torch.from_numpy(np.asarray(_sigmoid(x_BH @ weights.output + logit_B), np.float32).reshape(-1))
+    def scalar_columns(self, scalars: Sequence[Tensor | None]) -> list[Tensor]:
+        """Scalar features (log q, entropy, step) as columns of order one, those that the head reads, in this order.
 
-    def _columns(self, library: Any, scalars: Sequence[Any]) -> list[Any]:
-        """Scalar features as columns of order one, computed by `library` (torch or NumPy)."""
-        columns: list[Any] = []
-        for name, value in zip(SCALARS, scalars, strict=True):
-            if name in self.config.features:
-                columns += _COLUMN_MAKERS[name](library, _given(name, value))
-        return columns
-
-    def scalar_columns(self, scalars: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The columns that the head makes of log q, entropy and step, those that it reads, in this order."""
-        return self._columns(np, scalars)
-
-    def _numpy_weights(self) -> _NumpyWeights:
-        """Views of float32 parameters (they see every optimizer step), transposed for `x @ weight`."""
-        named = {name: value.detach().float().numpy() for name, value in self.named_parameters()}
-        blocks = [(named[f"blocks.{i}.weight"].T, named[f"blocks.{i}.bias"]) for i in range(len(self.blocks))]
-        self._numpy = _NumpyWeights(
-            blocks=blocks * (self.config.depth if self.config.tied else 1),
-            output=named["output.weight"][0],
-            output_bias=named["output.bias"],
-            feature_input=named["feature_input.weight"].T if self.config.features else None,
-            feature_output=named["feature_output.weight"][0] if self.config.features else None,
-            token_table=self.token_table.float().numpy() if "token" in self.config.features else None,
-        )
-        return self._numpy
-
-    def _apply(self, *args: Any, **kwargs: Any) -> AcceptanceHead:
-        self._numpy = None  # moved or converted: the views are of other memory
-        return super()._apply(*args, **kwargs)
+        Raises:
+            ValueError: one that it reads is None.
+        """
+        read = [pair for pair in zip(SCALARS, scalars, strict=True) if pair[0] in self.config.features]
+        return [column for name, value in read for column in _COLUMN_MAKERS[name](_given(name, value))]
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 
@@ -384,38 +336,24 @@ def load_config(folder: str | os.PathLike[str]) -> AcceptanceHeadConfig:
         raise UserError(f"{path} is not the configuration of an acceptance head ({error}).") from None
 
 
-@dataclass(frozen=True)
-class _NumpyWeights:
-    blocks: list[tuple[np.ndarray, np.ndarray]]
-    output: np.ndarray
-    output_bias: np.ndarray
-    feature_input: np.ndarray | None
-    feature_output: np.ndarray | None
-    token_table: np.ndarray | None
-
-
 def _given(name: str, value: Any) -> Any:
     if value is None:
         raise ValueError(f"this head reads {name}, which was not given")
     return value
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(np.minimum(-x, 80.0)))  # beyond 80 float32 overflows and warns
-
-
-def _log_q_columns(library: Any, log_q_B: Any) -> list[Any]:
+def _log_q_columns(log_q_B: Tensor) -> tuple[Tensor, Tensor]:
     # log q and log(1 - q): their difference is the logit, in which confident tokens stay apart.
-    q_B = library.exp(log_q_B)
-    return [0.25 * library.log(q_B + _SMALLEST), 0.25 * library.log((1.0 + _SMALLEST) - q_B)]
+    q_B = log_q_B.exp()
+    return 0.25 * (q_B + _SMALLEST).log(), 0.25 * ((1.0 + _SMALLEST) - q_B).log()
 
 
-def _entropy_columns(library: Any, entropy_B: Any) -> list[Any]:
-    return [0.5 * entropy_B, 0.25 * library.log(entropy_B + _SMALLEST)]
+def _entropy_columns(entropy_B: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.5 * entropy_B, 0.25 * (entropy_B + _SMALLEST).log()
 
 
-def _step_columns(library: Any, step_B: Any) -> list[Any]:
-    return [1.0 / step_B, 0.5 * library.log(step_B)]
+def _step_columns(step_B: Tensor) -> tuple[Tensor, Tensor]:
+    return 1.0 / step_B, 0.5 * step_B.log()
 
 
 _COLUMN_MAKERS = {"log_q": _log_q_columns, "entropy": _entropy_columns, "step": _step_columns}

@@ -32,13 +32,12 @@ def warm_start(head: AcceptanceHead, log_q_N: np.ndarray, entropy_N: np.ndarray,
         whether there was anything to start from; a head without these features keeps its random weights.
     """
     config = head.config
-    values = {"log_q": log_q_N, "entropy": entropy_N}
-    scalars = [values.get(name, np.ones_like(label_N)) for name in ("log_q", "entropy", "step")]
+    scalars = [torch.from_numpy(values) for values in (log_q_N, entropy_N, np.ones_like(label_N))]
     if not any(name in config.features for name in _FITTED):
         return False
     fitted = sum(2 for name in _FITTED if name in config.features)  # their columns come first
-    columns_NF = np.stack(head.scalar_columns(scalars)[:fitted], axis=1)
-    model = Logistic.fit(columns_NF, label_N)
+    columns_NF = torch.stack(head.scalar_columns(scalars)[:fitted], dim=1)
+    model = Logistic.fit(columns_NF.numpy(), label_N)
     slopes_F = model.weight[:-1] / model.scale
     intercept = model.weight[-1] - float(slopes_F @ model.mean) - math.log(config.w_rej / config.w_acc)
     with torch.no_grad():

@@ -141,6 +141,13 @@ def test_a_stopping_rule_never_makes_a_draft_step_cheaper():
     assert len({costs.o for costs in found.values()}) == 1
 
 
+def test_the_cost_of_a_rule_is_that_of_most_steps_not_of_most_rounds():
+    fixed = timings(rounds(3, 1.0, draft=0.4, steps=2))
+    short, long = rounds(2, 1.0, draft=0.5, steps=1, count=6), rounds(9, 1.0, draft=2.4, steps=8, count=2)
+    found = costs_by_family({"fixed": fixed, "head head": timings(short, long)}, timings(rounds(1, 1.0)), 9)
+    assert found["head head"].c == {"drafter": pytest.approx(0.3)}
+
+
 def test_a_round_that_waited_for_somebody_else_does_not_count():
     calm, waited = rounds(5, 1.0, draft=0.4, steps=4), rounds(5, 50.0, draft=30.0, loop=9.0, steps=4, count=9)
     baseline = timings(rounds(1, 1.0))
