@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import finish  # noqa: E402
+from data_prep.reference_prompts import DEFAULT_MIXTURE  # noqa: E402
 from drafttrain.config import parse  # noqa: E402
 from drafttrain.evaluation.methods import head_of, kind_of  # noqa: E402
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint, read_report  # noqa: E402
@@ -99,7 +100,7 @@ def distil(options: argparse.Namespace) -> list[list[str]]:
 def chain(name: str, options: argparse.Namespace) -> list[list[str]]:
     """The commands of one decoding setting, likewise."""
     run = [*_run(name, TEMPERATURES[name], options), "--drafter.path", str(options.run / "distil" / "drafter")]
-    if name == "greedy":
+    if name == "greedy" and "code" in options.mixture:
         run += ["--prompts.mixture", str({task: count for task, count in options.mixture.items() if task != "code"})]
     ours = [*_ours(options), *run, "--traces.run_length", str(RUN_LENGTH)]
     published = ["--config", "recipes/published/specdecpp.yaml", *run]
@@ -219,7 +220,8 @@ def _options() -> argparse.Namespace:
         options.set += [part for name, value in QUICK.items() for part in (f"--{name}", str(value))]
     parsed = parse("", [], ["--config", str(options.config), "--run", str(options.run), *options.set])
     options.config, options.target = parsed.config.resolve(), parsed.recipe.target.path
-    options.head_arguments, options.mixture = parsed.recipe.head.arguments, parsed.recipe.prompts.mixture
+    options.head_arguments, prompts = parsed.recipe.head.arguments, parsed.recipe.prompts
+    options.mixture = prompts.mixture or ({} if prompts.path else DEFAULT_MIXTURE)
     return options
 
 

@@ -49,11 +49,6 @@ class Step:
         return self.probs_BV.gather(1, self.tokens_B.unsqueeze(1)).squeeze(1)
 
     @cached_property
-    def log_q_B(self) -> Tensor:
-        """Its logarithm."""
-        return self.q_B.log()
-
-    @cached_property
     def entropy_B(self) -> Tensor:
         """Entropy of the distribution in nats."""
         return torch.special.entr(self.probs_BV).sum(1)
@@ -178,16 +173,15 @@ class Head(Protocol):
     Attributes:
         state: "producing" (scored with the hidden state that produced the token, known at once) or "consumed" (the
             state after reading the token, the published form, known one draft forward later).
-        features: which of "log_q", "entropy", "step" it reads besides the hidden state; the others are passed as None.
+        features: which of "log_q", "entropy", "step" it reads besides the hidden state, as q(Y), the entropy of q, and
+            the token's number in its round; the others are passed as None.
             With "token" it is passed the tokens, too, as `tokens_B`.
     """
 
     state: str
     features: Collection[str]
 
-    def score(
-        self, hidden_BH: Tensor, log_q_B: Tensor | None, entropy_B: Tensor | None, step_B: Tensor | None
-    ) -> Tensor:
+    def score(self, hidden_BH: Tensor, q_B: Tensor | None, entropy_B: Tensor | None, step_B: Tensor | None) -> Tensor:
         """P(the token is accepted | those before it are): [B]."""
         ...
 
@@ -218,7 +212,7 @@ class AcceptanceHeadRule(_Product):
         reads = self.head.features
         p_B = self.head.score(
             step.hidden_BH,
-            scored.log_q_B if "log_q" in reads else None,
+            scored.q_B if "log_q" in reads else None,
             scored.entropy_B if "entropy" in reads else None,
             torch.full_like(scored.tokens_B, scored.number) if "step" in reads else None,
             **({"tokens_B": scored.tokens_B} if "token" in reads else {}),

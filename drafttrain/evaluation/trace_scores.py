@@ -137,9 +137,9 @@ def _score(head: AcceptanceHead, hidden_NH: Tensor, log_q: Any, entropy: Any, to
     if count == 0:
         return np.zeros((0, _columns(head)), dtype=np.float32)
     device = hidden_NH.device
-    log_q_N = torch.tensor(np.ravel(log_q), dtype=torch.float32, device=device)
+    q_N = torch.tensor(np.exp(np.ravel(log_q)), dtype=torch.float32, device=device)
     entropy_N = torch.tensor(np.ravel(entropy), dtype=torch.float32, device=device)
     tokens_N = torch.tensor(np.ravel(tokens), dtype=torch.long, device=device)
     steps = [torch.full((count,), float(step + 1), device=device) for step in range(_columns(head))]
-    scores = [head.score(hidden_NH, log_q_N, entropy_N, step_N, tokens_N) for step_N in steps]
+    scores = [head.score(hidden_NH, q_N, entropy_N, step_N, tokens_N) for step_N in steps]
     return torch.stack(scores, 1).cpu().numpy()

@@ -140,7 +140,7 @@ class AcceptanceHead(nn.Module):
 
     Example:
         >>> head = AcceptanceHead.load("runs/q/head", drafter=fingerprint)
-        >>> head.score(hidden_BH, log_q_B, entropy_B)  # P' [B] float32
+        >>> head.score(hidden_BH, q_B, entropy_B)  # P' [B] float32
     """
 
     def __init__(self, config: AcceptanceHeadConfig) -> None:
@@ -162,6 +162,7 @@ class AcceptanceHead(nn.Module):
             vocabulary, width = config.embeddings
             self.token_input = nn.Linear(width, config.token_rank, bias=False)
             self.register_buffer("token_table", torch.zeros(vocabulary, config.token_rank))
+        self._folded: _Folded | None = None
         self.calibrated = config.calibrated
 
     @property
@@ -183,11 +184,12 @@ class AcceptanceHead(nn.Module):
     def calibrated(self, on: bool) -> None:
         self._calibrated = on
         self._shift = math.log(self.config.w_rej / self.config.w_acc) if on else 0.0
+        self._folded = None
 
     def forward(
         self,
         hidden_BH: Tensor,
-        log_q_B: Tensor | None = None,
+        q_B: Tensor | None = None,
         entropy_B: Tensor | None = None,
         step_B: Tensor | None = None,
         embedding_BE: Tensor | None = None,
@@ -195,19 +197,28 @@ class AcceptanceHead(nn.Module):
         """Logits of P' as trained, [B].
 
         Args:
-            hidden_BH, log_q_B, entropy_B, step_B: as in `score`.
+            hidden_BH, q_B, entropy_B, step_B: as in `score`.
             embedding_BE: the drafter's input embeddings of the drafted tokens, in place of the tokens themselves.
         """
-        token_BF = None
+        self._folded = None  # the weights are being trained
+        x_BH = hidden_BH.to(self.output.weight.dtype)
+        columns = self.scalar_columns((q_B, entropy_B, step_B))
         if "token" in self.config.features:
-            token_BF = self.token_input(_given("token", embedding_BE).to(self.output.weight.dtype))
-        return self._logits(hidden_BH, (log_q_B, entropy_B, step_B), token_BF)
+            columns.append(self.token_input(_given("token", embedding_BE).to(x_BH.dtype)))
+        if columns:
+            columns_BF = torch.cat(columns, dim=-1).to(x_BH.dtype)
+            x_BH = x_BH + self.feature_input(columns_BF)
+        for block in self._all_blocks():
+            x_BH = x_BH + F.silu(block(x_BH))
+        logit_B1 = self.output(x_BH)
+        if columns:
+            logit_B1 = logit_B1 + self.feature_output(columns_BF)
+        return logit_B1.squeeze(-1)
 
-    @torch.no_grad()
     def score(
         self,
         hidden_BH: Tensor,
-        log_q_B: Tensor | None = None,
+        q_B: Tensor | None = None,
         entropy_B: Tensor | None = None,
         step_B: Tensor | None = None,
         tokens_B: Tensor | None = None,
@@ -215,11 +226,11 @@ class AcceptanceHead(nn.Module):
         """Predicted acceptance P' of drafted tokens, computed in float32.
 
         The decoder calls this once per drafted token, so nothing here reads a value from the device, and operations are
-        few: starting one costs more than its arithmetic (with NumPy's, on a CPU, more than twice as much).
+        few: in a small model starting one costs more than its arithmetic.
 
         Args:
             hidden_BH: the drafter's last hidden state after its final norm; producing or consumed, as `config.state`.
-            log_q_B: log q(Y) in nats, needed when the head has that feature; likewise the others.
+            q_B: q(Y), needed when the head has the feature `log_q`; likewise the others.
             entropy_B: entropy of the q that drew Y, in nats.
             step_B: place of Y in its round, from 1.
             tokens_B: Y itself, int64.
@@ -230,9 +241,21 @@ class AcceptanceHead(nn.Module):
         Raises:
             ValueError: a feature that the head reads was not given.
         """
-        scalars = (log_q_B, entropy_B, step_B)
-        token_BF = self.token_table[_given("token", tokens_B)] if "token" in self.config.features else None
-        return torch.sigmoid(self._logits(hidden_BH, scalars, token_BF).float() + self._shift)
+        folded = self._folded or self._fold()
+        columns = self.scalar_columns((q_B, entropy_B, step_B))
+        if "token" in self.config.features:
+            columns.append(self.token_table[_given("token", tokens_B)])
+        input_BI = torch.cat((hidden_BH, *columns), dim=-1).to(folded.first_RI.dtype)
+        z_BR = F.linear(input_BI, folded.first_RI, folded.first_bias_R)
+        logit_B = z_BR[:, -1]
+        if folded.blocks:
+            added_BH = F.silu(z_BR[:, :-1])
+            if len(folded.blocks) > 1:
+                x_BH = F.linear(input_BI, folded.entry_HI)
+                for block in folded.blocks[1:]:
+                    added_BH = added_BH + F.silu(F.linear(x_BH + added_BH, *block))
+            logit_B = torch.addmv(logit_B, added_BH, folded.output_H)
+        return torch.sigmoid(logit_B)
 
     def settle(self, embeddings_VE: Tensor) -> AcceptanceHead:
         """Make the head ready to score without the drafter: look the feature `token` up in a table from now on.
@@ -246,29 +269,41 @@ class AcceptanceHead(nn.Module):
                 self.token_table.copy_(embeddings_VE.to(weight.device, weight.dtype) @ weight.T)
         return self
 
-    def _logits(self, hidden_BH: Tensor, scalars: Sequence[Tensor | None], token_BF: Tensor | None) -> Tensor:
-        x_BH = hidden_BH.to(self.output.weight.dtype)
-        columns = self.scalar_columns(scalars)
-        columns_BF = torch.stack(columns, dim=-1).to(x_BH.dtype) if columns else None
-        if token_BF is not None:
-            columns_BF = token_BF if columns_BF is None else torch.cat([columns_BF, token_BF], dim=-1)
-        if columns_BF is not None:
-            x_BH = x_BH + self.feature_input(columns_BF)
-        for block in list(self.blocks) * (self.config.depth if self.config.tied else 1):
-            x_BH = x_BH + F.silu(block(x_BH))
-        logit_B1 = self.output(x_BH)
-        if columns_BF is not None:
-            logit_B1 = logit_B1 + self.feature_output(columns_BF)
-        return logit_B1.squeeze(-1)
+    def _all_blocks(self) -> list[nn.Linear]:
+        return list(self.blocks) * (self.config.depth if self.config.tied else 1)
+
+    @torch.no_grad()
+    def _fold(self) -> _Folded:
+        """Weights as `score` takes them, float32."""
+        blocks = [(block.weight.detach().float(), block.bias.detach().float()) for block in self._all_blocks()]
+        output_1H = self.output.weight.detach().float()
+        first_RI = torch.cat([*(weight for weight, _ in blocks[:1]), output_1H])
+        first_bias_R = torch.cat([*(bias for _, bias in blocks[:1]), self.output.bias.float() + self._shift])
+        entry_HI = torch.eye(self.config.hidden_size, device=output_1H.device)
+        if self.config.features:
+            entry_HI = torch.cat([entry_HI, self.feature_input.weight.float()], dim=1)
+            first_RI = first_RI @ entry_HI
+            first_RI[-1, self.config.hidden_size :] += self.feature_output.weight.float()[0]
+        self._folded = _Folded(blocks, output_1H[0], first_RI, first_bias_R, entry_HI)
+        return self._folded
+
+    def _apply(self, *args: Any, **kwargs: Any) -> AcceptanceHead:
+        self._folded = None  # moved or converted
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's."""
+        self._folded = None
+        return super().load_state_dict(*args, **kwargs)
 
     def scalar_columns(self, scalars: Sequence[Tensor | None]) -> list[Tensor]:
-        """Scalar features (log q, entropy, step) as columns of order one, those that the head reads, in this order.
+        """Scalar features (q, entropy, step) as columns, [B, 2] of each that the head reads.
 
         Raises:
             ValueError: one that it reads is None.
         """
         read = [pair for pair in zip(SCALARS, scalars, strict=True) if pair[0] in self.config.features]
-        return [column for name, value in read for column in _COLUMN_MAKERS[name](_given(name, value))]
+        return [_COLUMN_MAKERS[name](_given(name, value)) for name, value in read]
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 
@@ -336,24 +371,41 @@ def load_config(folder: str | os.PathLike[str]) -> AcceptanceHeadConfig:
         raise UserError(f"{path} is not the configuration of an acceptance head ({error}).") from None
 
 
+@dataclass(frozen=True)
+class _Folded:
+    """A head's weights as `score` takes them: one matrix reads the state and the features.
+
+    Attributes:
+        blocks: weight and bias of every block.
+        output_H: of the logit.
+        first_RI, first_bias_R: from input (state and columns) to the first block's and, last, the logit's own part.
+        entry_HI: from input to what enters the first block.
+    """
+
+    blocks: list[tuple[Tensor, Tensor]]
+    output_H: Tensor
+    first_RI: Tensor
+    first_bias_R: Tensor
+    entry_HI: Tensor
+
+
 def _given(name: str, value: Any) -> Any:
     if value is None:
         raise ValueError(f"this head reads {name}, which was not given")
     return value
 
 
-def _log_q_columns(log_q_B: Tensor) -> tuple[Tensor, Tensor]:
+def _log_q_columns(q_B: Tensor) -> Tensor:
     # log q and log(1 - q): their difference is the logit, in which confident tokens stay apart.
-    q_B = log_q_B.exp()
-    return 0.25 * (q_B + _SMALLEST).log(), 0.25 * ((1.0 + _SMALLEST) - q_B).log()
+    return torch.stack((q_B, 1.0 - q_B), dim=-1).clamp_min_(_SMALLEST).log_()  # rounded, q may exceed 1
 
 
-def _entropy_columns(entropy_B: Tensor) -> tuple[Tensor, Tensor]:
-    return 0.5 * entropy_B, 0.25 * (entropy_B + _SMALLEST).log()
+def _entropy_columns(entropy_B: Tensor) -> Tensor:
+    return torch.stack((entropy_B, (entropy_B + _SMALLEST).log()), dim=-1)
 
 
-def _step_columns(step_B: Tensor) -> tuple[Tensor, Tensor]:
-    return 1.0 / step_B, 0.5 * step_B.log()
+def _step_columns(step_B: Tensor) -> Tensor:
+    return torch.stack((1.0 / step_B, step_B.log()), dim=-1)
 
 
 _COLUMN_MAKERS = {"log_q": _log_q_columns, "entropy": _entropy_columns, "step": _step_columns}

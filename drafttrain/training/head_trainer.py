@@ -76,9 +76,9 @@ FIXED: dict[str, Any] = {
 def head_logits(model: nn.Module, states: States, batch: Mapping[str, Any], device: torch.device) -> Tensor:
     """The head's logits [N] for a collated batch."""
     hidden_NH = states(batch["wanted"]).to(device)
-    scalars = [batch[name].to(device) for name in ("log_q", "entropy", "step")]
+    log_q_N, entropy_N, step_N = (batch[name].to(device) for name in ("log_q", "entropy", "step"))
     embedding_NE = states.embed(batch["drafted"]).to(device) if reads_tokens(model) else None
-    return model(hidden_NH, *scalars, embedding_NE)
+    return model(hidden_NH, log_q_N.exp(), entropy_N, step_N, embedding_NE)
 
 
 def reads_tokens(model: nn.Module) -> bool:

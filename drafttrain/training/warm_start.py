@@ -32,16 +32,16 @@ def warm_start(head: AcceptanceHead, log_q_N: np.ndarray, entropy_N: np.ndarray,
         whether there was anything to start from; a head without these features keeps its random weights.
     """
     config = head.config
-    scalars = [torch.from_numpy(values) for values in (log_q_N, entropy_N, np.ones_like(label_N))]
+    scalars = [torch.from_numpy(values) for values in (np.exp(log_q_N), entropy_N, np.ones_like(label_N))]
     if not any(name in config.features for name in _FITTED):
         return False
-    fitted = sum(2 for name in _FITTED if name in config.features)  # their columns come first
-    columns_NF = torch.stack(head.scalar_columns(scalars)[:fitted], dim=1)
+    known = sum(name in config.features for name in _FITTED)  # their columns come first
+    columns_NF = torch.cat(head.scalar_columns(scalars)[:known], dim=1)
     model = Logistic.fit(columns_NF.numpy(), label_N)
     slopes_F = model.weight[:-1] / model.scale
     intercept = model.weight[-1] - float(slopes_F @ model.mean) - math.log(config.w_rej / config.w_acc)
     with torch.no_grad():
         nn.init.zeros_(head.output.weight)
         head.output.bias.fill_(intercept)
-        head.feature_output.weight[0, :fitted] = torch.from_numpy(slopes_F).float()
+        head.feature_output.weight[0, : len(slopes_F)] = torch.from_numpy(slopes_F).float()
     return True

@@ -64,6 +64,13 @@ def test_the_drafter_is_distilled_on_other_prompts_than_heads_learn_from(options
     assert {Path(parsed.recipe.drafter.path) for parsed in used} == {made[-1][1].run / "drafter"}
 
 
+def test_greedy_answers_are_to_tasks_that_end(options):
+    answered = [adaptive_length.chain(name, options)[0] for name in ("sampled", "greedy")]
+    sampled, greedy = (accepted(command)[1].recipe.prompts.mixture for command in answered)
+    assert sampled == options.mixture
+    assert greedy == {task: count for task, count in sampled.items() if task != "code"} != sampled
+
+
 def test_quick_is_small(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["adaptive_length.py", "--run", str(tmp_path), "--quick"])
     options = adaptive_length._options()

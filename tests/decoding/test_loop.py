@@ -31,9 +31,9 @@ class FirstEntry:
     def __init__(self, state: str) -> None:
         self.state = state
 
-    def score(self, hidden_BH, log_q_B, entropy_B, step_B):
+    def score(self, hidden_BH, q_B, entropy_B, step_B):
         assert entropy_B is None
-        return torch.sigmoid(2 + hidden_BH[:, 0] + log_q_B / step_B)
+        return torch.sigmoid(2 + hidden_BH[:, 0] + q_B.log() / step_B)
 
 
 def rules():

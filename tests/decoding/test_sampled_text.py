@@ -67,7 +67,7 @@ def counted(name: str, drafter: ModelDrafter | None) -> torch.Tensor:
 class Half:
     state, features = "consumed", ()
 
-    def score(self, hidden_BH, log_q_B, entropy_B, step_B):
+    def score(self, hidden_BH, q_B, entropy_B, step_B):
         return torch.sigmoid(2 * hidden_BH[:, 0])
 
 

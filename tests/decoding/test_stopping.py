@@ -75,8 +75,8 @@ class Recorder:
     def __init__(self, state: str, features=("log_q", "entropy", "step")) -> None:
         self.state, self.features, self.asked = state, features, []
 
-    def score(self, hidden_BH, log_q_B, entropy_B, step_B):
-        self.asked.append((hidden_BH, log_q_B, entropy_B, step_B))
+    def score(self, hidden_BH, q_B, entropy_B, step_B):
+        self.asked.append((hidden_BH, q_B, entropy_B, step_B))
         return torch.full((len(hidden_BH),), 0.8)
 
 
@@ -87,9 +87,9 @@ def test_a_head_on_the_producing_state_scores_the_token_just_drawn():
     head = Recorder("producing")
     assert stops(AcceptanceHeadRule(head, 0.45), STEPS) == [3]
     for number, (asked, q) in enumerate(zip(head.asked, (0.9, 0.6, 0.3), strict=True), start=1):
-        hidden, log_q, entropy, place = asked
+        hidden, q_B, entropy, place = asked
         assert (hidden.item(), place.item()) == (number, number)
-        assert log_q.item() == pytest.approx(math.log(q))
+        assert q_B.item() == pytest.approx(q)
         assert entropy.item() == pytest.approx(STEPS[number - 1].entropy_B.item())
 
 
@@ -98,9 +98,9 @@ def test_a_head_on_the_consumed_state_scores_the_token_before_with_the_state_tha
     head = Recorder("consumed")
     assert stops(AcceptanceHeadRule(head, 0.3), STEPS) == [3]  # 1 - .8 * .8 = .36 is known only now
     assert len(head.asked) == 2
-    hidden, log_q, _, place = head.asked[0]
+    hidden, q_B, _, place = head.asked[0]
     assert (hidden.item(), place.item()) == (2, 1)
-    assert log_q.item() == pytest.approx(math.log(0.9))
+    assert q_B.item() == pytest.approx(0.9)
 
 
 def test_a_head_without_features_costs_no_softmax():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -251,7 +253,7 @@ def test_head_scores_are_those_of_states_read_alone(models, state, features):
         read = text if state == "producing" else [*text, token]
         with torch.no_grad():
             hidden = models[1].model(torch.tensor([read])).last_hidden_state[0, -1:]
-        return float(head.score(hidden, *(torch.tensor([float(value)]) for value in (log_q, entropy, step))))
+        return float(head.score(hidden, *(torch.tensor([float(value)]) for value in (math.exp(log_q), entropy, step))))
 
     for row in making.trace(rows):
         found = unpack(row, manifest)

@@ -120,8 +120,11 @@ def test_the_logged_loss_is_the_mean_over_weights(tmp_path):
     trainer.train()
     items = [trainer.train_dataset[i] for i in range(11)]
     label = torch.cat([examples.label_N for _, _, examples in items])
-    columns = [torch.cat([getattr(e, name) for _, _, e in items]) for name in ("log_q_N", "entropy_N", "step_N")]
-    logit = trainer.model(states(items), *columns)
+    examples = [e for _, _, e in items]
+    log_q, entropy, step = (
+        torch.cat([getattr(e, name) for e in examples]) for name in ("log_q_N", "entropy_N", "step_N")
+    )
+    logit = trainer.model(states(items), log_q.exp(), entropy, step)
     weight = torch.ones(len(label))
     expected = weighted_loss(logit, label, weight, 1.0, 3.0) / weight_sum(label, weight, 1.0, 3.0)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-3)

@@ -26,7 +26,7 @@ def test_it_predicts_as_the_regression_whatever_the_state(depth, w_rej):
     head = AcceptanceHead(config)
     assert warm_start(head, log_q, entropy, label)
     states, embeddings = torch.randn(len(label), 8), torch.randn(len(label), 4)
-    scalars = [torch.from_numpy(values).float() for values in (log_q, entropy, np.ones_like(label))]
+    scalars = [torch.from_numpy(values).float() for values in (np.exp(log_q), entropy, np.ones_like(label))]
     raw = torch.sigmoid(head(states, *scalars, embeddings)).detach().double().numpy()
     predicted = invert_loss_weight(raw, 1.0, w_rej)
     regression = Baselines(log_q, entropy, label)(log_q, entropy)["logistic_q_entropy"]
@@ -41,7 +41,7 @@ def test_every_weight_can_still_learn():
     before = {name: value.detach().clone() for name, value in head.named_parameters()}
     states, embeddings = torch.randn(50, 8), torch.randn(50, 4)
     for _ in range(3):
-        logit = head(states, torch.from_numpy(log_q).float(), None, None, embeddings)
+        logit = head(states, torch.from_numpy(np.exp(log_q)).float(), None, None, embeddings)
         torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.from_numpy(label).float()).backward()
         optimizer.step()
         optimizer.zero_grad()
