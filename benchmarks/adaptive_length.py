@@ -1,6 +1,6 @@
 """Does an acceptance head earn its place? Against the best fixed length, confidence, the paper's head, the oracle.
 
-    python benchmarks/adaptive_length.py --run runs/adaptive --output results.json
+    python benchmarks/adaptive_length.py --run runs/adaptive --output results.json   and a plot, results.png
     python benchmarks/adaptive_length.py --run runs/adaptive --plan        only the commands
     python benchmarks/adaptive_length.py --quick     few prompts, sampled only, under a minute; its figures say nothing
 
@@ -66,6 +66,16 @@ QUICK = {
 }
 
 PUBLISHED = "published"
+BARS = {
+    "best_fixed": ("best fixed length", "fixed"),
+    "confidence": ("confidence, tuned", "confidence"),
+    "published": ("published head, tuned", "other"),
+    "head": ("acceptance head", "head"),
+    "known": ("bound of all heads", "known"),
+    "oracle": ("perfect stopping", "oracle"),
+}
+"""What is drawn: label and colour of each speed-up."""
+
 AS_IS = f"Model(drafter, stop=AcceptanceHead({PUBLISHED}, 0.7, min=2, max=20))"
 """The published head in the published setting."""
 
@@ -89,6 +99,33 @@ def main() -> None:
         for full, interval in by_setting.items():
             figures |= {full: interval.value, f"{full}_low": interval.low, f"{full}_high": interval.high}
     finish("adaptive_length", figures, rows, options.output)
+    if options.output is not None:
+        draw(figures, options.output.with_suffix(".png"))
+
+
+def draw(figures: dict[str, float], path: Path) -> None:
+    """One panel a decoding setting: what every way to stop brings, replayed ones hollow."""
+    from drafttrain.evaluation.plots import COLORS, STYLE, pyplot
+
+    names = [name for name in TEMPERATURES if f"speedup_head_{name}" in figures]
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, len(names), figsize=(4.6 * len(names), 2.6), sharey=True, squeeze=False)
+        for axis, name in zip(axes[0], names, strict=True):
+            for y, (speedup, (_, kind)) in enumerate(reversed(BARS.items())):
+                value, low, high = (figures[f"speedup_{speedup}_{name}{end}"] for end in ("", "_low", "_high"))
+                replayed = speedup in ("oracle", "known")
+                axis.barh(y, value, 0.62, color="none" if replayed else COLORS[kind], edgecolor=COLORS[kind])
+                if not replayed:
+                    axis.plot([low, high], [y, y], color="#222222", lw=1.6)
+                axis.text(max(value, high) + 0.03, y, f"{value:.2f}", va="center", fontsize=9)
+            axis.axvline(1, color=COLORS["autoregressive"], lw=1.2, ls="--")
+            axis.set_yticks(range(len(BARS)), [label for label, _ in reversed(BARS.values())])
+            axis.set_title(f"{name}, temperature {TEMPERATURES[name]:g}", fontsize=10, loc="left")
+            axis.grid(axis="y", visible=False)
+            axis.margins(x=0.12)
+        figure.supxlabel("speed-up over decoding without a drafter", fontsize=10)
+        figure.savefig(path)
+        pyplot.close(figure)
 
 
 def distil(options: argparse.Namespace) -> list[list[str]]:

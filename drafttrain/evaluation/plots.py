@@ -50,7 +50,7 @@ NAMES = {
     "other": "other",
     "autoregressive": "no drafter",
 }
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -72,7 +72,7 @@ def draw_all(report: Report, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, draw in PLOTS.items():
-        with pyplot.rc_context(_STYLE):
+        with pyplot.rc_context(STYLE):
             figure = draw(report)
             path = folder / f"{name}.png"
             path.unlink(missing_ok=True)
