@@ -155,14 +155,6 @@ def test_the_figures_of_adaptive_length_are_those_of_the_report(report):
     assert figures["speedup_best_fixed"] == best
     assert figures["oracle_gap_closed"].value > figures["published_gap_closed"].value
     assert figures["speedup_published_as_is"].value == 0.9
-
-
-def test_the_figures_are_drawn(report, tmp_path):
-    figures, _ = adaptive_length.figures_of(report)
-    ends = {"": "value", "_low": "low", "_high": "high"}
-    flat = {f"{name}_greedy{end}": getattr(own, part) for name, own in figures.items() for end, part in ends.items()}
-    adaptive_length.draw(flat, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [row["head"] for row in rows] == ["head_0", "published"]
 
 
@@ -172,3 +164,11 @@ def test_the_figures_of_speculation_are_of_the_setting_that_replay_chose(report)
     assert figures["speedup_revise"] == chosen.overall.speedup.value
     assert figures["speedup_revise_low"] <= figures["speedup_revise"] <= figures["speedup_revise_high"]
     assert figures["revise_answers"] == chosen.overall.prompts
+
+
+def test_the_figures_are_drawn(report, tmp_path):
+    figures, _ = adaptive_length.figures_of(report)
+    ends = {"": "value", "_low": "low", "_high": "high"}
+    flat = {f"{name}_greedy{end}": getattr(own, part) for name, own in figures.items() for end, part in ends.items()}
+    adaptive_length.draw(flat, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
