@@ -124,6 +124,11 @@ def test_layers_abreast_add_up_what_each_adds(model, config, tiny_tokenizer):
     assert sketched == {name: value.shape for name, value in drafter.named_parameters()}
 
 
+def test_heads_abreast_keep_their_size_where_the_configuration_leaves_it_out():
+    config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4)
+    assert abreast.widened(config, [[0, 1], [2, 3]])["head_dim"] == 16
+
+
 def test_what_cannot_stand_abreast_is_told(tiny_tokenizer):
     llama, gemma = (load(family(*each), tiny_tokenizer) for each in (FAMILIES[0], (GemmaForCausalLM, GemmaConfig)))
     kinds = ["full_attention", "sliding_attention"] * 2

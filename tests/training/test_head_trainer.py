@@ -117,6 +117,7 @@ def test_accumulation_steps_change_nothing(tmp_path):
 
 def test_the_logged_loss_is_the_mean_over_weights(tmp_path):
     trainer = make_trainer(tmp_path, batch=11, learning_rate=0.0, num_train_epochs=1)
+    torch.nn.init.normal_(trainer.model.feature_output.weight)  # silent at first
     trainer.train()
     items = [trainer.train_dataset[i] for i in range(11)]
     label = torch.cat([examples.label_N for _, _, examples in items])
