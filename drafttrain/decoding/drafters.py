@@ -257,11 +257,11 @@ class _Round:
             if adaptive and number < self.width:
                 stop_B = self._stop(number, tokens_BQ, output.hidden, logits_BKV, q_BKV)
                 if not single:
-                    going_B = self._going(going_B, stop_B, number)
+                    going_B = self._going(going_B, stop_B, tokens_BQ[:, 0], number)
                     if number % self.check_every == 0 and not going_B.any():
                         break
                     length_B = length_B + going_B
-                elif stop_B is not None and stop_B:
+                elif (stop_B is not None and stop_B) or tokens_BQ.item() in self.eos_ids:
                     break
         return Draft(
             torch.cat(drawn, 1),
@@ -291,23 +291,20 @@ class _Round:
     def _stop(
         self, number: int, tokens_BK: Tensor, hidden_BKH: Tensor, logits_BKV: Tensor, q_BKV: Tensor | None
     ) -> Tensor | None:
-        """Which rows end with the token just drawn: bool [B], None for no row."""
+        """Where the rule ends the draft with the token just drawn: bool [B], None for no row."""
 
         def scoring() -> Tensor:
             return (self.sampling.scoring.probabilities(logits_BKV) if q_BKV is None else q_BKV)[:, 0]
 
-        tokens_B = tokens_BK[:, 0]
-        stop_B = self.rule.stop(Step(number, tokens_B, hidden_BKH[:, 0], scoring))
-        if number < self.rule.min_length:
-            stop_B = None
-        for eos in self.eos_ids:
-            stop_B = tokens_B == eos if stop_B is None else stop_B | (tokens_B == eos)
-        return stop_B
+        stop_B = self.rule.stop(Step(number, tokens_BK[:, 0], hidden_BKH[:, 0], scoring))
+        return None if number < self.rule.min_length else stop_B
 
-    def _going(self, going_B: Tensor, stop_B: Tensor | None, number: int) -> Tensor:
+    def _going(self, going_B: Tensor, stop_B: Tensor | None, tokens_B: Tensor, number: int) -> Tensor:
         """Which rows draw another token."""
         if self.ragged:
             going_B = going_B & (torch.tensor(self.limits, device=going_B.device) > number)
+        for eos in self.eos_ids:
+            going_B = going_B & (tokens_B != eos)
         return going_B if stop_B is None else going_B & ~stop_B
 
 

@@ -68,7 +68,7 @@ class Sampling:
         It is the one sampled; greedy decoding has a one-hot q that says nothing, so there it is the plain softmax at
         temperature 1. Stopping rules, traces and the acceptance head's features all use this.
         """
-        return Sampling() if self.greedy else self
+        return _PLAIN if self.greedy else self
 
     def choose(self, logits_BKV: Tensor, seen_BKV: Tensor | None = None) -> Tensor:
         """The greedy token of every position: int64 [..., K]."""
@@ -111,6 +111,9 @@ class Sampling:
         penalty = self.repetition_penalty
         penalised_BKV = torch.where(logits_BKV > 0, logits_BKV / penalty, logits_BKV * penalty)
         return torch.where(seen_BKV[..., : logits_BKV.shape[-1]], penalised_BKV, logits_BKV)
+
+
+_PLAIN = Sampling()
 
 
 def log_probability_and_entropy(probs_BV: Tensor, tokens_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from drafttrain.training.warm_start import warm_start
 
 def tokens(count=3000):
     generator = np.random.default_rng(0)
-    log_q, entropy = np.log(generator.uniform(0.02, 0.999, count)), generator.uniform(0.01, 3, count)
-    return log_q, entropy, 1 / (1 + np.exp(-(2 * log_q + 2 - entropy)))
+    q, entropy = generator.uniform(0.02, 0.999, count), generator.uniform(0.01, 3, count)
+    return np.log(q), entropy, 1 / (1 + np.exp(-(0.7 * np.log(q / (1 - q)) + 2 - entropy)))
 
 
 @pytest.mark.parametrize("depth", [0, 2])
