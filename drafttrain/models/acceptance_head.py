@@ -37,7 +37,7 @@ from drafttrain.models.fingerprint import Fingerprint
 
 SCALARS = ("log_q", "entropy", "step")
 FEATURES = (*SCALARS, "token")
-_COLUMNS = {"log_q": 1, "entropy": 2, "step": 2}  # that a scalar becomes
+_COLUMNS = 2  # columns that one scalar becomes
 _SMALLEST = 1.2e-7  # float32 resolution at 1: probabilities closer to 0 cannot be told from it
 MODEL_TYPE = "drafttrain_acceptance_head"
 
@@ -151,7 +151,7 @@ class AcceptanceHead(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(size, size) for _ in range(distinct))
         self.output = nn.Linear(size, 1)
         if config.features:
-            columns = sum(_COLUMNS.get(name, config.token_rank) for name in config.features)
+            columns = sum(config.token_rank if name == "token" else _COLUMNS for name in config.features)
             # Features enter twice: into the blocks, to interact with the state, and straight into the logit, so that
             # a logistic regression on them alone is inside the family at any depth. Both start silent.
             self.feature_input = nn.Linear(columns, size, bias=False)
@@ -297,7 +297,7 @@ class AcceptanceHead(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def scalar_columns(self, scalars: Sequence[Tensor | None]) -> list[Tensor]:
-        """Scalar features (q, entropy, step) as columns, [B, 1 or 2] of each that the head reads.
+        """Scalar features (q, entropy, step) as columns, [B, 2] of each that the head reads.
 
         Raises:
             ValueError: one that it reads is None.
@@ -396,8 +396,8 @@ def _given(name: str, value: Any) -> Any:
 
 
 def _log_q_columns(q_B: Tensor) -> Tensor:
-    # The log odds: log q in which confident tokens stay apart, in one operation.
-    return torch.logit(q_B, _SMALLEST).unsqueeze(-1)
+    # log q and log(1 - q): of min(1, p / q) neither alone says enough. Rounded, q may exceed 1.
+    return torch.stack((q_B, 1.0 - q_B), dim=-1).clamp_min_(_SMALLEST).log_()
 
 
 def _entropy_columns(entropy_B: Tensor) -> Tensor:

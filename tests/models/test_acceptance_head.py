@@ -135,7 +135,7 @@ def test_confident_tokens_stay_apart():
     head = make(features=("log_q",), depth=0)
     with torch.no_grad():
         head.output.weight.zero_()
-        head.feature_output.weight.fill_(0.25)
+        head.feature_output.weight.copy_(torch.tensor([[0.25, -0.25]]))
     q = torch.tensor([0.9, 0.99, 0.999, 0.9999], dtype=torch.float64)
     scores = head.score(torch.zeros(4, 8), q.float())
     assert (scores.diff() > 0.02).all()
