@@ -49,7 +49,14 @@ from drafttrain.evaluation.schema import (
 from drafttrain.evaluation.schema import Sampling as NamedSampling
 from drafttrain.evaluation.sweep import Setting as SweptSetting
 from drafttrain.evaluation.sweep import pick, settings, sweep
-from drafttrain.evaluation.tuning import calibrate, made_traces, record_for_replay, stored_traces, task_weights
+from drafttrain.evaluation.tuning import (
+    by_family,
+    calibrate,
+    made_traces,
+    record_for_replay,
+    stored_traces,
+    task_weights,
+)
 from drafttrain.evaluation.verdict import decide, verdict_lines
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 from drafttrain.ops.sampling import Sampling
@@ -99,8 +106,9 @@ class _Measured:
     questions: list[Question]
     samples: dict[str, list[Sample]]
     points: list[SweepPoint]
-    costs: dict[str, Costs]
+    calibration: dict[str, Timings]
     tuned_by: str
+    costs: dict[str, Costs] = field(default_factory=dict)
     timings: dict[str, Timings] = field(default_factory=dict)
     memory: dict[str, int | None] = field(default_factory=dict)
     lossless: dict[str, list[Exactness]] = field(default_factory=dict)
@@ -168,14 +176,14 @@ class Evaluation:
             self.notes.append(note)
         say(f"{name}: measuring costs and replaying the tuning split")
         tuning = self._questions(self.inputs.tune, sampling)
-        points, costs, tuned_by = self._tune(name, sampling, tuning)
+        points, calibration, tuned_by = self._tune(name, sampling, tuning)
         methods = [AUTOREGRESSIVE, *(self.methods or pick(points, self.config.top))]
         methods = list(dict.fromkeys(methods))
         for point in points:
             point.measured = point.method in methods
         questions = self._questions(self.inputs.test, sampling)
         say(f"{name}: {len(questions)} questions, {len(methods)} methods, {self.config.repeats} repeats")
-        measured = _Measured(name, questions, {}, points, costs, tuned_by)
+        measured = _Measured(name, questions, {}, points, calibration, tuned_by)
         self._run(measured, methods, sampling)
         for method in methods:
             measured.lossless[method] = [self._check(measured, method, sampling)]
@@ -188,11 +196,12 @@ class Evaluation:
 
     def _tune(
         self, name: str, sampling: Sampling, tuning: Sequence[Question]
-    ) -> tuple[list[SweepPoint], dict[str, Costs], str]:
-        """Costs, then every setting by replay."""
+    ) -> tuple[list[SweepPoint], dict[str, Timings], str]:
+        """Instrumented runs, then every setting by replay."""
         config = self.config
         few = different(tuning, CALIBRATION_QUESTIONS)
-        costs = calibrate(self.models, sampling, few, config.batch_size, config.max_length, self.seed)
+        calibration = calibrate(self.models, sampling, few, config.batch_size, config.max_length, self.seed)
+        costs = by_family([calibration], config.max_length + 1)
         accept = self.parsed.accept_new_target
         longest = max([config.max_length, *map(longest_of, self.methods)])
         traces = stored_traces(self.run, self.models, sampling, longest, accept)
@@ -209,10 +218,10 @@ class Evaluation:
         tasks = {(row["prompt_id"], row["task"]) for row in traces.rows}
         weights = task_weights([task for _, task in tasks], [record["task"] for record in self.inputs.test])
         points = sweep(record, swept, self.models, costs, weights, name)
-        return points, costs, "the recipe (evaluate.methods)" if self.methods else traces.origin
+        return points, calibration, "the recipe (evaluate.methods)" if self.methods else traces.origin
 
     def _run(self, measured: _Measured, methods: Sequence[str], sampling: Sampling) -> None:
-        """The real runs, then the instrumented ones."""
+        """The real runs, then the instrumented ones, which add to what calibration knew of the costs."""
         config, models = self.config, self.models
         decoders = {method: models.decoder(method, sampling, self.seed) for method in methods}
         found = interleave(
@@ -227,6 +236,7 @@ class Evaluation:
         groups = batches(measured.questions, config.batch_size)
         spread = groups[:: max(1, len(groups) // SPEED_CHECK_QUESTIONS)][:SPEED_CHECK_QUESTIONS]
         measured.timings = instrument_all(decoders, spread, models.engines())
+        measured.costs = by_family([measured.calibration, measured.timings], config.max_length + 1)
         decoders.clear()  # their caches are no memory of the next method's
         for method in methods:
             measured.memory[method] = self._peak_bytes(method, sampling, groups[0])

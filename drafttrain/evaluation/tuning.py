@@ -46,8 +46,8 @@ class Traces:
 
 def calibrate(
     models: Models, sampling: Sampling, questions: Sequence[Question], batch_size: int, longest: int, seed: int
-) -> dict[str, Costs]:
-    """Costs of each family of methods, from instrumented runs on tuning prompts.
+) -> dict[str, Timings]:
+    """Instrumented runs on tuning prompts of methods of every family, which `by_family` makes costs of.
 
     Every method runs once unmeasured before; the measured runs are interleaved question by question.
     """
@@ -57,15 +57,15 @@ def calibrate(
     short = [dataclasses.replace(each, limit=min(each.limit, CALIBRATION_TOKENS)) for each in questions]
     groups = batches(short, batch_size)
     decoders = {method: models.decoder(method, sampling, seed) for method in methods}
-    timings = instrument_all(decoders, groups, models.engines())
-    return by_family(timings, longest + 1)
+    return instrument_all(decoders, groups, models.engines())
 
 
-def by_family(timings: Mapping[str, Timings], widths: int) -> dict[str, Costs]:
-    """Costs of each family from instrumented runs of its methods, the autoregressive one among them."""
+def by_family(runs: Sequence[Mapping[str, Timings]], widths: int) -> dict[str, Costs]:
+    """Costs of each family from all instrumented runs of its methods, the autoregressive one among them."""
     families: dict[str, Timings] = {}
-    for method, found in timings.items():
-        families.setdefault(family_of(method), Timings()).add(found)
+    for timings in runs:
+        for method, found in timings.items():
+            families.setdefault(family_of(method), Timings()).add(found)
     baseline = families.pop("autoregressive")
     return costs_by_family(families, baseline, widths)
 

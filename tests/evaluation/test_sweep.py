@@ -112,21 +112,19 @@ def test_tuning_answers_count_as_test_answers_do(task, ids, reference, counted):
     assert counts(row, references, Words()) is counted
 
 
-def test_each_family_has_costs_of_its_own_and_all_share_the_targets():
+def test_each_family_has_costs_of_all_its_runs_and_all_share_the_targets():
     def timings(width, draft, loop, steps):
         made = Timings([Round(0.0, draft, 1.0, 1.0 + draft + loop, width, steps) for _ in range(20)])
         made.counts.draft_forwards = {"drafter": 20 * steps} if steps else {}
         return made
 
-    found = by_family(
-        {
-            AUTOREGRESSIVE: timings(1, 0.0, 0.0, 0),
-            "Model(drafter, length=2)": timings(3, 0.4, 0.1, 2),
-            "Model(drafter, stop=Confidence(0.4))": timings(3, 0.6, 0.1, 2),
-            HEAD: timings(3, 0.8, 0.2, 2),
-        },
-        4,
-    )
+    tuned = {
+        AUTOREGRESSIVE: timings(1, 0.0, 0.0, 0),
+        "Model(drafter, length=2)": timings(3, 0.4, 0.1, 2),
+        "Model(drafter, stop=Confidence(0.4))": timings(3, 0.6, 0.1, 2),
+    }
+    tested = {AUTOREGRESSIVE: timings(1, 0.0, 0.0, 0), HEAD: timings(3, 0.8, 0.2, 2)}
+    found = by_family([tuned, tested], 4)
     assert {family: round(costs.c["drafter"], 6) for family, costs in found.items()} == {
         "fixed": 0.2,
         "confidence": 0.3,
