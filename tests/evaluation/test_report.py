@@ -123,7 +123,7 @@ def test_no_text_of_a_plot_leaves_the_picture_or_covers_another():
 
     made, _ = synthetic.report()
     for name, draw in plots.PLOTS.items():
-        with pyplot.rc_context(plots._STYLE):
+        with pyplot.rc_context(plots.STYLE):
             figure = draw(made)
             if figure is None:
                 continue
