@@ -66,6 +66,9 @@ QUICK = {
 }
 
 PUBLISHED = "published"
+AS_IS = f"Model(drafter, stop=AcceptanceHead({PUBLISHED}, 0.7, min=2, max=20))"
+"""The published head in the published setting."""
+
 BARS = {
     "best_fixed": ("best fixed length", "fixed"),
     "confidence": ("confidence, tuned", "confidence"),
@@ -75,9 +78,6 @@ BARS = {
     "oracle": ("perfect stopping", "oracle"),
 }
 """What is drawn: label and colour of each speed-up."""
-
-AS_IS = f"Model(drafter, stop=AcceptanceHead({PUBLISHED}, 0.7, min=2, max=20))"
-"""The published head in the published setting."""
 
 
 def main() -> None:

@@ -251,7 +251,9 @@ class AcceptanceHead(nn.Module):
         if folded.blocks:
             added_BH = F.silu(z_BR[:, :-1])
             if len(folded.blocks) > 1:
-                x_BH = F.linear(input_BI, folded.entry_HI)
+                x_BH = input_BI[:, : self.config.hidden_size]
+                if columns:
+                    x_BH = x_BH + F.linear(input_BI[:, self.config.hidden_size :], folded.columns_HF)
                 for block in folded.blocks[1:]:
                     added_BH = added_BH + F.silu(F.linear(x_BH + added_BH, *block))
             logit_B = torch.addmv(logit_B, added_BH, folded.output_H)
@@ -279,12 +281,13 @@ class AcceptanceHead(nn.Module):
         output_1H = self.output.weight.detach().float()
         first_RI = torch.cat([*(weight for weight, _ in blocks[:1]), output_1H])
         first_bias_R = torch.cat([*(bias for _, bias in blocks[:1]), self.output.bias.float() + self._shift])
-        entry_HI = torch.eye(self.config.hidden_size, device=output_1H.device)
+        columns_HF = None
         if self.config.features:
-            entry_HI = torch.cat([entry_HI, self.feature_input.weight.float()], dim=1)
-            first_RI = first_RI @ entry_HI
-            first_RI[-1, self.config.hidden_size :] += self.feature_output.weight.float()[0]
-        self._folded = _Folded(blocks, output_1H[0], first_RI, first_bias_R, entry_HI)
+            columns_HF = self.feature_input.weight.detach().float()
+            columns_RF = first_RI @ columns_HF
+            columns_RF[-1] += self.feature_output.weight.float()[0]
+            first_RI = torch.cat([first_RI, columns_RF], dim=1)
+        self._folded = _Folded(blocks, output_1H[0], first_RI, first_bias_R, columns_HF)
         return self._folded
 
     def _apply(self, *args: Any, **kwargs: Any) -> AcceptanceHead:
@@ -379,14 +382,14 @@ class _Folded:
         blocks: weight and bias of every block.
         output_H: of the logit.
         first_RI, first_bias_R: from input (state and columns) to the first block's and, last, the logit's own part.
-        entry_HI: from input to what enters the first block.
+        columns_HF: from the columns to what they add to the state, None without features.
     """
 
     blocks: list[tuple[Tensor, Tensor]]
     output_H: Tensor
     first_RI: Tensor
     first_bias_R: Tensor
-    entry_HI: Tensor
+    columns_HF: Tensor | None
 
 
 def _given(name: str, value: Any) -> Any:
