@@ -182,6 +182,13 @@ def test_an_end_token_stops_an_adaptive_draft_whatever_the_minimum(engines, refe
     assert (completion.counts.drafted, completion.counts.discarded) == (3, 0)
 
 
+def test_a_row_of_a_batch_drafts_nothing_behind_its_end(engines, reference):
+    eos = {reference[0][2]}
+    drafter = ModelDrafter(engines[0], stop=Confidence(1.0, max_length=9))
+    rows = Decoder(engines[0], drafter, GREEDY, eos).generate([PROMPTS[0], PROMPTS[0]], 24)
+    assert [row.counts.drafted for row in rows] == [3, 3]
+
+
 def test_an_end_token_in_the_prompt_ends_nothing(engines, reference):
     eos = {PROMPTS[0][0]}
     [completion] = Decoder(engines[0], None, GREEDY, eos).generate([PROMPTS[0]], 2)
