@@ -107,7 +107,7 @@ class Completion:
 
     Attributes:
         token_ids: the new tokens; the end token is included.
-        finish_reason: "eos" or "length".
+        finish_reason: "eos", "stop" (a stop string) or "length".
         sources: for each token who it came from: "target" or a drafter's label.
         counts: what it cost.
     """

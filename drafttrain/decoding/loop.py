@@ -23,6 +23,7 @@ from drafttrain.decoding.counts import Completion, Counts
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import Drafter, Setting
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.decoding.verify import Verdict, verify_greedy, verify_sampled
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
@@ -51,6 +52,7 @@ class Decoder:
         sampling: applied to target and drafter alike.
         eos_ids: tokens that end a sequence.
         seed: of all draws; a draw depends on (seed, purpose, sample id, position) alone, hence not on the batch.
+        stop_strings: texts that end a sequence.
 
     Example:
         >>> decoder = Decoder(Engine(target), ModelDrafter(Engine(small), length=5), Sampling(0.0), eos_ids={2})
@@ -64,12 +66,14 @@ class Decoder:
         sampling: Sampling | None = None,
         eos_ids: Collection[int] = (),
         seed: int = 0,
+        stop_strings: StopStrings | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.sampling = sampling or Sampling()
         self.eos_ids = frozenset(eos_ids)
         self.seed = seed
+        self.stop_strings = stop_strings
         self._cache: DenseCache | None = None
         self._empty: Draft | None = None
         self._committed: Committed | None = None  # the text of the last call, for the next turn of a chat
@@ -219,15 +223,11 @@ class Decoder:
         emitted: list[list[int]] = []
         agreed: list[int] = []
         for place, (row, (accepted, _, *rest)) in enumerate(zip(rows, reply, strict=True)):
-            tokens = self._cut(rest[len(names) :][: accepted + 1])
+            tokens, row.finish_reason = self._cut(row, rest[len(names) :][: accepted + 1])
             emitted.append(tokens)
             agreed.append(min(accepted, len(tokens)))
             row.tokens += tokens
             row.sources += [draft.label(place, k) if k < accepted else "target" for k in range(len(tokens))]
-            if tokens[-1] in self.eos_ids:
-                row.finish_reason = "eos"
-            elif len(row.tokens) >= row.limit:
-                row.finish_reason = "length"
             committed.tokens[place] += tokens
         # The last emitted token is not read yet, in either model.
         self._cache.rollback([length + len(tokens) for length, tokens in zip(read, emitted, strict=True)])
@@ -240,12 +240,17 @@ class Decoder:
         for row, tokens, (_, drafted, *rest), accepted in zip(rows, emitted, reply, agreed, strict=True):
             row.counts.add_round(len(tokens), drafted, accepted, dict(zip(names, rest, strict=False)), seconds)
 
-    def _cut(self, tokens: list[int]) -> list[int]:
-        """A round's tokens up to and including the first end token."""
-        for place, token in enumerate(tokens):
-            if token in self.eos_ids:
-                return tokens[: place + 1]
-        return tokens
+    def _cut(self, row: _Row, tokens: list[int]) -> tuple[list[int], str | None]:
+        """A round's tokens up to and including the first that ends the row, and why it ends there."""
+        reason = "length" if len(row.tokens) + len(tokens) >= row.limit else None
+        end = next((place for place, token in enumerate(tokens) if token in self.eos_ids), None)
+        if end is not None:
+            tokens, reason = tokens[: end + 1], "eos"
+        if self.stop_strings is not None:
+            count = self.stop_strings.end(row.tokens, tokens)
+            if count is not None:
+                tokens, reason = tokens[:count], "stop"
+        return tokens, reason
 
     def _leave(self, committed: Committed, rows: list[_Row], draws: Draws) -> list[_Row]:
         """Drop finished rows: the last rows move into their places."""
