@@ -122,7 +122,7 @@ def summary(run: RunFolder) -> str:
     for row in iter_records(run.responses, "responses", columns=["split", "finish_reason", "response_ids"]):
         splits[row["split"]] += 1
         tokens += len(row["response_ids"])
-        ended += row["finish_reason"] == "eos"
+        ended += row["finish_reason"] != "length"
     if not (total := splits.total()):
         raise UserError(
             "no prompt got an answer: each is longer than the target's context, or its recorded answer is empty; see "
@@ -182,13 +182,15 @@ def _decoder(recipe: Recipe, facts: "TargetFacts", loaded: "Loaded") -> "Decode"
 
     from drafttrain.decoding.engine import Engine
     from drafttrain.decoding.loop import Decoder
+    from drafttrain.decoding.stop_strings import StopStrings
     from drafttrain.models.loading import vocabulary_size
     from drafttrain.ops.sampling import Sampling
 
     entries = 1 + max(facts.tokenizer.get_vocab().values())
     engine = Engine(loaded.model, vocabulary=min(entries, vocabulary_size(loaded.model))).checked()
     sampling = Sampling(**dataclasses.asdict(recipe.responses.sampling))
-    decoding = Decoder(engine, None, sampling, facts.ends, recipe.seed)
+    stops = StopStrings(facts.tokenizer, recipe.responses.stop) if recipe.responses.stop else None
+    decoding = Decoder(engine, None, sampling, facts.ends, recipe.seed, stops)
 
     def decode(batch: "Sequence[Question]") -> "list[Completion]":
         ids, room = [question.ids for question in batch], [question.room for question in batch]

@@ -58,7 +58,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "turn": pa.int32(),
             "prompt_ids": _IDS,  # the whole context of this turn
             "response_ids": _IDS,  # with the end-of-sequence token when it was reached
-            "finish_reason": pa.string(),  # eos or length
+            "finish_reason": pa.string(),  # eos, stop or length
             "text": pa.string(),
         }
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drafttrain.decoding.compiled import CompiledForward
 from drafttrain.errors import UserError
 from drafttrain.models.logits import LogitShape
 from drafttrain.ops.attention import attending, layer_windows, prepare_mask
@@ -40,6 +41,7 @@ class Engine:
         model: a causal language model whose layers are full or sliding-window attention.
         vocabulary: logits beyond it are padding rows of the embedding and are cut off; None keeps all.
         chunk: prompts are read in pieces of this many tokens.
+        compiled: run short forwards as compiled graphs (on a CPU; the weights must not change any more).
 
     Attributes:
         entries: token ids below this can be read.
@@ -48,7 +50,9 @@ class Engine:
         UserError: the model has layers that cannot be rolled back (recurrent, chunked) or no such vocabulary.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, chunk: int = 1024) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: int | None = None, chunk: int = 1024, compiled: bool = False
+    ) -> None:
         config = model.config.get_text_config()
         self.model = model
         self.config = config
@@ -66,7 +70,8 @@ class Engine:
         self.vocabulary = rows if vocabulary is None else vocabulary
         if not 0 < self.vocabulary <= rows:
             raise UserError(f"a vocabulary of {self.vocabulary} tokens does not fit a model with {rows} output rows")
-        self._body = model.get_decoder()
+        self.body = model.get_decoder()
+        self.compiled = CompiledForward(self) if compiled else None
 
     @torch.inference_mode()
     def checked(self) -> Engine:
@@ -138,6 +143,12 @@ class Engine:
             logits [B, K, V] and hidden [B, K, H] with K = Q ("all") or 1 ("last").
         """
         cache.open(tokens_BQ.shape[1])
+        if self.compiled is not None and self.compiled.fits(cache, keep):
+            hidden_BKH, logits_BKV = self.compiled(cache, tokens_BQ, keep == "last" and counts is None)
+            cache.advance(counts)
+            if keep == "last" and counts is not None:
+                hidden_BKH, logits_BKV = _last_real(hidden_BKH, counts), _last_real(logits_BKV, counts)
+            return Output(logits_BKV, hidden_BKH)
         positions_BQ = cache.query_positions()
         masks = {
             kind: prepare_mask(cache, positions_BQ, self.dtype, self.groups, window, self.softcap)
@@ -145,7 +156,7 @@ class Engine:
         }
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         with attending(self.config):
-            hidden_BQH = self._body(
+            hidden_BQH = self.body(
                 input_ids=tokens_BQ,
                 attention_mask=mask,
                 position_ids=positions_BQ,

@@ -15,6 +15,7 @@ from drafttrain.decoding.drafters import Drafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import build, parse_method
 from drafttrain.decoding.loop import Decoder
+from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.dialogue import end_tokens
 from drafttrain.errors import UserError
 from drafttrain.evaluation.environment import fast_dtype, free_bytes
@@ -46,6 +47,8 @@ class Models:
         heads: acceptance heads by the names of their folders, which expressions use; the run's own is "head".
         ends: tokens that end an answer.
         dtype: name of the dtype of both models.
+        stop_strings: texts that end an answer, None for none.
+        compiled: whether both models run as compiled graphs in that dtype.
     """
 
     target: Loaded
@@ -53,6 +56,8 @@ class Models:
     heads: dict[str, AcceptanceHead]
     ends: frozenset[int]
     dtype: str
+    stop_strings: StopStrings | None = None
+    compiled: bool = False
     _engines: dict[str, tuple[Engine, Engine]] = field(default_factory=dict)
 
     @property
@@ -86,7 +91,10 @@ class Models:
             models = [loaded.model for loaded in (self.target, self.drafter)]
             if dtype != self.dtype:
                 models = [_in_dtype(model, dtype, self.device) for model in models]
-            self._engines[dtype] = tuple(Engine(model, self._known(model)).checked() for model in models)
+            compiled = self.compiled and dtype == self.dtype
+            self._engines[dtype] = tuple(
+                Engine(model, self._known(model), compiled=compiled).checked() for model in models
+            )
         return self._engines[dtype]
 
     def _known(self, model: Any) -> int:
@@ -109,7 +117,7 @@ class Models:
             UserError: the method is malformed or names a member that this run does not have.
         """
         drafter: Drafter | None = build(method, self.members(dtype))
-        return Decoder(self.engines(dtype)[0], drafter, sampling, self.ends, seed)
+        return Decoder(self.engines(dtype)[0], drafter, sampling, self.ends, seed, self.stop_strings)
 
     def canonical(self, method: str) -> str:
         """A method as reports write it. Raises as `decoder`."""
@@ -147,7 +155,8 @@ def load_models(parsed: Parsed) -> Models:
     checks |= {"accept_new_target": parsed.accept_new_target, "device": drafter.model.device}
     heads = {name: AcceptanceHead.load(run.path / name, **checks) for name in head_names(run)}
     ends = end_tokens(target.tokenizer, getattr(target.model, "generation_config", None))
-    return Models(target, drafter, heads, ends, dtype)
+    stops = StopStrings(target.tokenizer, recipe.responses.stop) if recipe.responses.stop else None
+    return Models(target, drafter, heads, ends, dtype, stops, recipe.evaluate.compile)
 
 
 def head_names(run: RunFolder) -> list[str]:

@@ -23,6 +23,9 @@ from drafttrain.ops.cache import DenseCache
 
 NAME = "drafttrain"
 
+FOLDED = "drafttrain-folded"
+"""The same for graphs: always folded, no choices to be made inside."""
+
 # Up to this many folded rows the mask is tiled and the heads folded; above (prefill) the kernel shares the mask.
 FOLD_ROWS = 256
 
@@ -83,7 +86,7 @@ def prepare_mask(
         [B or 1, 1, G * Q or Q or 1, S], or an empty tensor that stands for "everything" or "causal from slot 0".
     """
     span = cache.span
-    windowed = window is not None and (span.bound > window or not cache.in_order)
+    windowed = window_binds(cache, window)
     if span.start is not None and not windowed:
         if span.width == 1:
             return _stand_in(_SEE_ALL_SHAPE, positions_BQ.device)
@@ -94,6 +97,11 @@ def prepare_mask(
     visible_BQS = cache.visible(positions_BQ, window if windowed else None)
     mask_BQS = torch.zeros(visible_BQS.shape, dtype=dtype, device=visible_BQS.device)
     return mask_BQS.masked_fill_(~visible_BQS, -torch.inf).unsqueeze(1)
+
+
+def window_binds(cache: DenseCache, window: int | None) -> bool:
+    """Whether a sliding window may hide anything from the tokens of the open span."""
+    return window is not None and (cache.span.bound > window or not cache.in_order)
 
 
 @functools.cache
@@ -130,23 +138,45 @@ def attention(
     """
     if attention_mask is None or kwargs.get("s_aux") is not None:
         raise ValueError("drafttrain's attention needs a mask and does not implement attention sinks")
-    batch, heads, width, size = query.shape
+    _, heads, width, _ = query.shape
     key_heads = key.shape[1]
     causal = attention_mask.numel() == 0 and attention_mask.shape == _CAUSAL_SHAPE
     mask = None if attention_mask.numel() == 0 else attention_mask
     groups = heads // key_heads
     rows = groups * width
     folded = width == 1 or (mask is not None and mask.shape[2] == rows) or softcap is not None
-    if folded and groups > 1:
-        query = query.reshape(batch, key_heads, rows, size)
+    if folded:
         if mask is not None and mask.shape[2] not in (1, rows):
             mask = mask.repeat(1, 1, groups, 1)
+        return folded_attention(module, query, key, value, mask, scaling, softcap)
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+    )
+    return out.transpose(1, 2), None
+
+
+def folded_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """`attention` with the query heads of a key head as rows.
+
+    The mask is additive, [B or 1, 1, G * Q or 1, S]; None or an empty one lets everything be seen.
+    """
+    mask = None if attention_mask is None or attention_mask.shape[3] == 0 else attention_mask
+    batch, heads, width, size = query.shape
+    key_heads = key.shape[1]
+    query = query.reshape(batch, key_heads, heads // key_heads * width, size)
     if softcap is not None:
         out = _capped_attention(query, key, value, mask, scaling or size**-0.5, softcap)
     else:
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1 and not folded
-        )
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, width, value.shape[3]).transpose(1, 2), None
 
 
@@ -163,3 +193,4 @@ def _capped_attention(
 
 
 AttentionInterface.register(NAME, attention)
+AttentionInterface.register(FOLDED, folded_attention)

@@ -111,6 +111,48 @@ class DenseLayer(CacheLayerMixin):
         return -1
 
 
+class GraphLayer(CacheLayerMixin):
+    """One layer as a compiled graph writes it: where to write and how much to read are arguments of the graph.
+
+    Args:
+        keys, values: storage [B, N, S, D] of the active rows.
+        slots: int64 slots to write, [Q] for all rows alike or [B, Q].
+        bound: slots to read.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, bound: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self._slots, self._bound = slots, bound
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to allocate."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kw: object) -> tuple[Tensor, Tensor]:
+        """As `DenseLayer.update`."""
+        for storage, states in ((self.keys, key_states), (self.values, value_states)):
+            if self._slots.dim() == 1:
+                storage.index_copy_(2, self._slots, states)
+            else:
+                rows_B1 = torch.arange(len(states), device=states.device).unsqueeze(1)
+                storage[rows_B1, :, self._slots] = states.transpose(1, 2)
+        return self.keys[:, :, : self._bound], self.values[:, :, : self._bound]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Readable slots and their offset."""
+        return self._bound, 0
+
+    def get_seq_length(self) -> int:
+        """Not asked for: positions and masks are given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
 class DenseCache(Cache):
     """A ragged batch of sequences with one storage [B, N, S, D] a layer.
 
@@ -237,6 +279,14 @@ class DenseCache(Cache):
         positions_S[kept:] = following + torch.arange(self.slots - kept, device=self.device)
         self.positions_BS[row] = positions_S
         self.rollback([kept if index == row else value for index, value in enumerate(self.lengths)])
+
+    def storages(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values [B, N, S, D] of the active rows, layer by layer; None before anything was written."""
+        if not self.layers[-1].is_initialized:
+            return None
+        if self.rows == self.allocated_rows:
+            return [(layer.keys, layer.values) for layer in self.layers]
+        return [(layer.keys[: self.rows], layer.values[: self.rows]) for layer in self.layers]
 
     def memory_bytes(self) -> int:
         """Bytes allocated for keys and values."""

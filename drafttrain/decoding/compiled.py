@@ -1,0 +1,169 @@
+"""The compiled forward of a model on a CPU: most of a small model's step is Python and dispatch, and this removes it.
+
+`torch.compile` with frozen, prepacked weights. Widths, key ranges, storage sizes and batches are symbols of a graph, so
+a few graphs serve everything and nothing is compiled again while decoding: one for each combination of single or
+several rows, one or several tokens, rows of equal or of different length, and whether a sliding window binds. A graph
+is made when it is first needed, on arguments of odd sizes that coincide with nothing.
+
+Prompts are read by the uncompiled path: there the arithmetic counts.
+"""
+
+# B batch, Q query width, S slots, N heads, D head size, K kept positions, H hidden, V vocabulary
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from drafttrain.errors import UserError
+from drafttrain.ops.attention import FOLD_ROWS, FOLDED, attending, window_binds
+from drafttrain.ops.cache import DenseCache, GraphLayer
+
+if TYPE_CHECKING:
+    from drafttrain.decoding.engine import Engine
+
+_ROWS, _WIDTH, _SLOTS, _BOUND = 3, 5, 256, 37
+"""Sizes that a graph is made on: different from each other, from 1, and from any that the model has."""
+
+
+_numbers = itertools.count()
+
+
+class Graph(NamedTuple):
+    """What a graph is compiled for; everything else about a forward is symbolic.
+
+    Attributes:
+        single: one row.
+        narrow: one token a row.
+        aligned: all rows write the same slots.
+        binds: of every kind of layer, whether its window may hide something.
+        last: whether the head reads the last position of each row alone (all rows have equal counts).
+    """
+
+    single: bool
+    narrow: bool
+    aligned: bool
+    binds: tuple[bool, ...]
+    last: bool
+
+
+class CompiledForward:
+    """Stands in for an engine's forward where that is short.
+
+    Args:
+        engine: whose model is compiled; its weights must not change afterwards, they become part of the graphs.
+
+    Attributes:
+        graphs: made so far.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        if engine.device.type != "cpu":
+            raise UserError("compiled decoding is for CPUs; leave evaluate.compile out on a GPU.")
+        self._engine = engine
+        self._windows = dict(engine.windows)
+        self.graphs: dict[Graph, Callable[..., tuple[Tensor, Tensor]]] = {}
+
+    def fits(self, cache: DenseCache, keep: str | None) -> bool:
+        """Whether the open span of a cache can be read by a graph."""
+        short = self._engine.groups * cache.span.width <= FOLD_ROWS
+        return keep is not None and short and cache.in_order and cache.layers[-1].is_initialized
+
+    @torch.inference_mode()
+    def __call__(self, cache: DenseCache, tokens_BQ: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Read tokens into the open span of a cache.
+
+        Args:
+            cache: with an open span that `fits`.
+            tokens_BQ: int64 [B, Q].
+            last: compute only the last position.
+
+        Returns:
+            hidden [B, K, H] and logits [B, K, V], K = 1 or Q.
+        """
+        span = cache.span
+        single, narrow = span.rows == 1, span.width == 1
+        binds = tuple(window_binds(cache, window) for window in self._windows.values())
+        kind = Graph(single, narrow, span.start is not None, binds, last and not narrow)
+        graph = self.graphs.get(kind)
+        if graph is None:
+            graph = self.graphs[kind] = self._compile(kind)
+        slots = span.slots_BQ
+        if slots is None:
+            slots = torch.arange(span.start, span.start + span.width)
+        return graph(tokens_BQ, slots, span.bound, cache.storages())
+
+    def _compile(self, kind: Graph) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Make a graph and run it once on stand-in arguments.
+
+        Raises:
+            UserError: there is no compiler, or the model cannot be captured.
+        """
+        engine = self._engine
+        windows = {
+            name: window if binds else None
+            for (name, window), binds in zip(self._windows.items(), kind.binds, strict=True)
+        }
+
+        def forward(
+            tokens_BQ: Tensor, slots: Tensor, bound: int, storages: Sequence[tuple[Tensor, Tensor]]
+        ) -> tuple[Tensor, Tensor]:
+            cache = Cache(layers=[GraphLayer(keys, values, slots, bound) for keys, values in storages])
+            positions_BQ = slots.unsqueeze(0) if kind.aligned else slots
+            masks = {name: _mask(positions_BQ, bound, window, kind, engine) for name, window in windows.items()}
+            hidden_BQH = engine.body(
+                input_ids=tokens_BQ,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=positions_BQ,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            if kind.last:
+                hidden_BQH = hidden_BQH[:, -1:]
+            return hidden_BQH, engine.logits(hidden_BQH)
+
+        # Graphs are kept with the code object, which all functions made here would share; each gets one of its own.
+        forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
+        graph = torch.compile(forward, dynamic=True, fullgraph=True, options={"guard_filter_fn": _guards_of_shapes})
+        try:
+            with torch._inductor.config.patch(freezing=True), attending(engine.config, FOLDED):
+                graph(*self._stand_ins(kind))
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            name = type(engine.model).__name__
+            raise UserError(f"{name} cannot be compiled here ({reason}); leave evaluate.compile out.") from error
+        return graph
+
+    def _stand_ins(self, kind: Graph) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]]]:
+        engine = self._engine
+        rows, width = 1 if kind.single else _ROWS, 1 if kind.narrow else _WIDTH
+        cache = engine.new_cache(rows, _SLOTS)
+        engine.forward(cache, torch.zeros(rows, 1, dtype=torch.int64), keep=None)  # allocates, without a graph
+        slots = torch.arange(_BOUND - width, _BOUND)
+        if not kind.aligned:
+            slots = slots.repeat(rows, 1)
+        return torch.zeros(rows, width, dtype=torch.int64), slots, _BOUND, cache.storages()
+
+
+def _mask(positions_BQ: Tensor, bound: int, window: int | None, kind: Graph, engine: Engine) -> Tensor:
+    """An additive mask for folded queries [B or 1, 1, G * Q, bound], empty where nothing is hidden."""
+    if kind.narrow and kind.aligned and window is None:
+        return positions_BQ.new_empty(1, 1, 1, 0, dtype=engine.dtype)
+    if not kind.narrow:
+        positions_BQ = positions_BQ.repeat(1, engine.groups)
+    slots_S, query_BQ1 = torch.arange(bound, device=positions_BQ.device), positions_BQ.unsqueeze(2)
+    visible_BQS = slots_S <= query_BQ1
+    if window is not None:
+        visible_BQS = visible_BQS & (slots_S > query_BQ1 - window)
+    mask_BQS = torch.zeros(visible_BQS.shape, dtype=engine.dtype, device=positions_BQ.device)
+    return mask_BQS.masked_fill(~visible_BQS, -torch.inf).unsqueeze(1)
+
+
+def _guards_of_shapes(guards: Sequence[object]) -> list[bool]:
+    """Only shapes are checked: all else is settled by the kind of a graph, and checking it costs a tenth of it."""
+    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
