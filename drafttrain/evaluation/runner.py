@@ -79,8 +79,9 @@ def interleave(
 @contextmanager
 def steady() -> Iterator[None]:
     """No garbage collection while runs are timed: it would fall on whichever method happens to run."""
-    gc.collect()
     enabled = gc.isenabled()
+    if enabled:  # else around this there is another one
+        gc.collect()
     gc.disable()
     try:
         yield
@@ -107,6 +108,8 @@ class Round:
     """draft steps of the longest row"""
     unit: float = 1.0
     """seconds of an autoregressive step at about the same time, on the same question"""
+    rows: int = 0
+    """sequences that the target read"""
 
     @property
     def loop(self) -> float:
@@ -158,14 +161,15 @@ def instrument_all(
     """
     timings = {method: Timings() for method in decoders}
     short = [replace(question, limit=min(question.limit, _WARM_TOKENS)) for question in groups[0]]
-    for number, group in enumerate([short, *groups]):
-        found = {method: instrument(decoder, [group], engines) for method, decoder in decoders.items()}
-        steps = [each.total for each in found[AUTOREGRESSIVE].rounds] if AUTOREGRESSIVE in found else [1.0]
-        for method, own in found.items():
-            for each in own.rounds:
-                each.unit = statistics.median(steps)
-            if number > 0:
-                timings[method].add(own)
+    with steady():
+        for number, group in enumerate([short, *groups]):
+            found = {method: instrument(decoder, [group], engines) for method, decoder in decoders.items()}
+            steps = [each.total for each in found[AUTOREGRESSIVE].rounds] if AUTOREGRESSIVE in found else [1.0]
+            for method, own in found.items():
+                for each in own.rounds:
+                    each.unit = statistics.median(steps)
+                if number > 0:
+                    timings[method].add(own)
     return timings
 
 
@@ -232,7 +236,8 @@ class _Watch:
             seconds = self._now() - start
             if not self._rounds or self._rounds[-1].width:  # nothing was drafted in this round
                 self._rounds.append(Round(start))
-            self._rounds[-1].verify, self._rounds[-1].width = seconds, tokens_BQ.shape[1]
+            now = self._rounds[-1]
+            now.verify, (now.rows, now.width) = seconds, tokens_BQ.shape
             return output
 
         return timed

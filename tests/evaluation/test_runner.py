@@ -72,6 +72,7 @@ def test_an_instrumented_run_accounts_for_every_round(engines, method, batch):
         assert sum(each.steps for each in timings.rounds) == sum(counts.draft_forwards.values())
         assert sum(each.width - 1 for each in timings.rounds) == counts.drafted
     assert all(each.width >= 1 and each.verify > 0 for each in timings.rounds)
+    assert timings.rounds[0].rows == batch and all(1 <= each.rows <= batch for each in timings.rounds)
     assert all(each.draft + each.verify <= each.total * (1 + 1e-6) for each in timings.rounds)
     whole = sum(each.total for each in timings.rounds)
     assert whole == pytest.approx(counts.decode_seconds, rel=0.35)
