@@ -72,8 +72,9 @@ def render_html(report: Report, folder: Path, titles: Mapping[str, str]) -> str:
         body.append(_table(cells.METHOD_COLUMNS, cells.method_cells(report, name)))
         body.append(f"<h3>Speed-up by task</h3>{_table(*cells.task_cells(report, name))}")
     for name in titles:
-        if name != "speedup":
+        if name not in ("speedup", "load"):
             body.append(_plot(report, folder, name, titles))
+    body.append(_load(report, folder, titles))
     body.append("<h2>Where each token came from</h2>" + _examples(report))
     body.append(
         "<h2>Is the output the target's?</h2>"
@@ -140,6 +141,18 @@ def _plot(report: Report, folder: Path, name: str, titles: Mapping[str, str]) ->
         f"<figure{narrow}><figcaption>{caption}</figcaption>"
         f"<img alt='{caption}' src='data:image/png;base64,{data}'></figure>"
     )
+
+
+def _load(report: Report, folder: Path, titles: Mapping[str, str]) -> str:
+    """Larger batches, nothing where none were run."""
+    if not report.load:
+        return ""
+    parts = ["<h2>Under load</h2>", _plot(report, folder, "load", titles)]
+    for load in report.load:
+        notes = "".join(f"<li>{_inline(line)}</li>" for line in cells.load_notes(load))
+        parts += [f"<h3>Batch sizes, {escape(load.sampling)}</h3>", _table(cells.LOAD_COLUMNS, cells.load_cells(load))]
+        parts += [f"<ul class='notes'>{notes}</ul>", _table(cells.VERIFY_COLUMNS, cells.verify_cells(load))]
+    return "".join(parts)
 
 
 def _examples(report: Report) -> str:

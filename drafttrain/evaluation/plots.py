@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from drafttrain.evaluation.methods import head_of, parameter_of
+from drafttrain.evaluation.load import Load
+from drafttrain.evaluation.methods import head_of, kind_of, parameter_of
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint
 
 COLORS = {
@@ -239,6 +240,55 @@ def _unique_legend(axes: Sequence[Axes]) -> tuple[list, list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Larger batches
+
+
+def load(report: Report) -> Figure | None:
+    """Throughput against batch size, and beside it the speed-up over the baseline at the same size."""
+    if not report.load:
+        return None
+    rows = len(report.load)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(9.6, 0.9 + 3.2 * rows), squeeze=False)
+    for (left, right), each in zip(axes, report.load, strict=True):
+        _load_panels(left, right, each)
+    for axis in axes[-1]:
+        axis.set_xlabel("batch size: requests started together")
+    handles, labels = _unique_legend([axis for pair in axes for axis in pair])
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8.5)
+    return figure
+
+
+def _load_panels(left: Axes, right: Axes, each: Load) -> None:
+    sizes = [batch.batch_size for batch in each.batches]
+    methods = [point.method for point in each.batches[0].points]
+    for number, method in enumerate(methods):
+        kind = kind_of(method)
+        look = {"color": COLORS[kind], "marker": "o" if kind == "autoregressive" else MARKERS[kind], "ms": 6}
+        rates = [batch.points[number].tokens_per_second for batch in each.batches]
+        left.plot(sizes, rates, lw=1.6, label=NAMES[kind], **look)
+        speedups = list(each.speedups(method).values())
+        if not speedups:
+            continue
+        beside = [size * 1.03 ** (2 * number - len(methods)) for size in sizes]  # so that no bar hides another
+        values = [speedup.value for speedup in speedups]
+        bars = [[s.value - s.low for s in speedups], [s.high - s.value for s in speedups]]
+        right.errorbar(beside, values, yerr=bars, lw=1.6, capsize=3, **look)
+    right.axhline(1, color=COLORS["autoregressive"], lw=1.2, ls="--")
+    crossings = [found for found in each.break_even if found.crossing is not None]
+    for found in crossings:
+        right.axvline(found.crossing, ymax=0.06, color=COLORS[kind_of(found.method)], lw=2.4)
+    if crossings:
+        right.plot([], [], "|", color="#333333", ms=10, mew=2.4, label="no gain from here on")
+    left.set_title(f"{each.sampling}: tokens per second", fontsize=10, loc="left")
+    right.set_title(f"{each.sampling}: speed-up at the same batch size", fontsize=10, loc="left")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.margins(x=0.08)
+    left.set_ylim(bottom=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Verification rate against discard rate
 
 
@@ -403,6 +453,7 @@ def tau_history(report: Report) -> Figure | None:
 PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "speedup": speedup,
     "length": length,
+    "load": load,
     "pareto": pareto,
     "reliability": reliability,
     "breakdown": breakdown,

@@ -15,14 +15,19 @@ from drafttrain.evaluation.schema import Report, Sample, to_json
 from drafttrain.evaluation.tables import (
     COST_COLUMNS,
     EXACT_COLUMNS,
+    LOAD_COLUMNS,
     METHOD_COLUMNS,
+    VERIFY_COLUMNS,
     cost_cells,
     exactness_cells,
     left_out,
+    load_cells,
+    load_notes,
     method_cells,
     method_notes,
     table,
     task_cells,
+    verify_cells,
 )
 from drafttrain.evaluation.verdict import verdict_lines
 from drafttrain.run_folder import RunFolder, write_atomically
@@ -30,6 +35,7 @@ from drafttrain.run_folder import RunFolder, write_atomically
 PLOT_TITLES = {
     "speedup": "Speed-up of every method",
     "length": "Tokens per second against the number of drafted tokens",
+    "load": "Larger batches: throughput, and what speculation gains at the same batch size",
     "pareto": "Verification rate against discard rate, every setting replayed",
     "reliability": "Reliability of the acceptance head",
     "breakdown": "Where the time goes",
@@ -70,6 +76,9 @@ def markdown(report: Report) -> str:
         parts += ["", left_out(report, name)]
         parts += ["", f"### Speed-up by task, {name}", "", *table(*task_cells(report, name))]
         parts += ["", f"### Costs, {name}", "", *table(COST_COLUMNS, cost_cells(report, name))]
+    for load in report.load:
+        parts += ["", f"## Under load, {load.sampling}", "", *table(LOAD_COLUMNS, load_cells(load)), ""]
+        parts += [*[f"- {line}" for line in load_notes(load)], "", *table(VERIFY_COLUMNS, verify_cells(load))]
     parts += ["", "## Is the output the target's?", "", *table(EXACT_COLUMNS, exactness_cells(report))]
     parts += _plot_links(report)
     parts += ["", "## How it was measured", "", *[f"- {line}" for line in method_notes(report)], ""]

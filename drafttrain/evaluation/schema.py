@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from drafttrain.errors import UserError
+from drafttrain.evaluation.load import Load
 from drafttrain.evaluation.statistics import Interval
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, SCHEMA_VERSION)
+"""Versions of report.json that are read: version 1 differs in having no `load`."""
+
 AUTOREGRESSIVE = "Autoregressive()"
 ALL = "all"
 """Name of the row of figures over all tasks together."""
@@ -295,6 +299,8 @@ class Report:
     sweep: list[SweepPoint]
     recipe: dict[str, Any]
     examples: list[ExampleAnswer] = field(default_factory=list)
+    load: list[Load] = field(default_factory=list)
+    """larger batches, by decoding setting; empty where none were asked for (evaluate.batch_sizes)"""
     head: dict[str, Any] | None = None
     """metrics.json of the acceptance head"""
     tau_history: list[dict[str, Any]] = field(default_factory=list)
@@ -376,7 +382,7 @@ def read_report(path: Path) -> Report:
     except ValueError as error:
         raise UserError(f"{path} is not a whole JSON file ({error}); run `drafttrain evaluate` again.") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise UserError(
             f"{path} has schema version {version} but this drafttrain reads {SCHEMA_VERSION}; "
             "run `drafttrain evaluate` again."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from drafttrain.evaluation.load import Load, told
 from drafttrain.evaluation.schema import ALL, Exactness, Figures, MethodResult, Report
 
 
@@ -87,13 +88,15 @@ def _own_best(report: Report, sampling: str, task: str) -> str | None:
     return f"K={int(best.parameter)}: {best.task_speedups[task]:.2f}"
 
 
+_WIDTHS = (2, 4, 6, 12)
+"""Widths that v is shown of."""
+
+_V_COLUMNS = tuple(f"v({width})" for width in _WIDTHS)
+
 COST_COLUMNS = (
     "method",
     "c",
-    "v(2)",
-    "v(4)",
-    "v(6)",
-    "v(12)",
+    *_V_COLUMNS,
     "o",
     "draft ms",
     "verify ms",
@@ -108,12 +111,63 @@ def cost_cells(report: Report, sampling: str) -> list[list[str]]:
     cells = []
     for row in [report.baseline(sampling), *report.of(sampling)]:
         costs, spent = row.costs, row.breakdown
-        widths = [number(costs.v[w - 1], ".2f") if costs and len(costs.v) >= w else "-" for w in (2, 4, 6, 12)]
+        widths = [number(costs.v[w - 1], ".2f") if costs and len(costs.v) >= w else "-" for w in _WIDTHS]
         c = ", ".join(f"{name} {value:.3f}" for name, value in costs.c.items()) if costs and costs.c else "-"
         times = [milliseconds(getattr(spent, part)) if spent else "-" for part in ("draft", "verify", "loop")]
         sizes = [_mebibytes(row.kv_bytes), _mebibytes(row.peak_memory)]
         cells.append([f"`{row.method}`", c, *widths, number(costs.o if costs else None, ".3f"), *times, *sizes])
     return cells
+
+
+LOAD_COLUMNS = (
+    "method",
+    "batch",
+    "tokens/s",
+    "speed-up [95 %]",
+    "latency, s: median",
+    "95th percentile",
+    "live rows",
+)
+
+
+def load_cells(load: Load) -> list[list[str]]:
+    """One row a method and batch size."""
+    return [
+        [
+            f"`{point.method}`",
+            str(batch.batch_size),
+            f"{point.tokens_per_second:.1f}",
+            f"{point.speedup:.2f}" if point.speedup else "1",
+            f"{point.latency_median:.2f}",
+            f"{point.latency_95:.2f}",
+            f"{point.live_rows:.1f}",
+        ]
+        for batch in load.batches
+        for point in batch.points
+    ]
+
+
+VERIFY_COLUMNS = ("batch", *_V_COLUMNS)
+
+
+def verify_cells(load: Load) -> list[list[str]]:
+    """One row a batch size: a target forward of several tokens a row, in forwards of one token a row."""
+    return [
+        [str(each.batch_size), *[number(each.v[w - 1], ".2f") if len(each.v) >= w else "-" for w in _WIDTHS]]
+        for each in load.batches
+    ]
+
+
+def load_notes(load: Load) -> list[str]:
+    """Where every method stops paying, and how that was measured; a line each."""
+    again = f", {load.repeated} of them again under other sample ids, for want of prompts" if load.repeated else ""
+    return [
+        *[told(load, found) for found in load.break_even],
+        f"The same {load.requests} requests of {load.prompts} conversations at every batch size{again}, in whole "
+        "batches. Tokens per second are of the batch, prefill left out; latency is from the start of a batch, prefill "
+        "included, to the end of a request; v is of full batches. No request joins a batch that runs: it shrinks as "
+        "answers end, and *live rows* says how many were decoded together on the mean.",
+    ]
 
 
 EXACT_COLUMNS = ("method", "setting", "check", "answers", "identical", "evidence", "verdict")

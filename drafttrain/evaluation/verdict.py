@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from drafttrain.evaluation.cost import halved, predict
+from drafttrain.evaluation.load import Load, told
 from drafttrain.evaluation.schema import (
     Decision,
     Figures,
@@ -53,6 +54,7 @@ def decide(
     sweep: Sequence[SweepPoint],
     tau_history: Sequence[dict[str, Any]],
     least: float,
+    load: Sequence[Load] = (),
 ) -> Verdict:
     """The verdict over all methods and decoding settings.
 
@@ -64,6 +66,7 @@ def decide(
         sweep: every setting as replay predicts it; may be empty.
         tau_history: tau over training, to say whether more data would pay; may be empty.
         least: lower bound of the speed-up's interval from which to deploy (evaluate.min_speedup).
+        load: larger batches, by setting; may be empty.
     """
     broken = [row for row in rows if any(not check.passed for check in row.lossless)]
     if broken:
@@ -73,7 +76,8 @@ def decide(
     first = settings[0]
     prompts = {row.sampling: row.overall.prompts for row in rows if row.method == first.method}
     details = [_also(setting, least) for setting in settings[1:]]
-    details += [line for line in (_adaptive(rows, first), _gap(sweep, first), _limit(first)) if line]
+    found = (_adaptive(rows, first), _gap(sweep, first), _limit(first), _under_load(load, first))
+    details += [line for line in found if line]
     return Verdict(
         first.decision,
         _headline(first, prompts.get(first.sampling, 0), least),
@@ -202,6 +206,15 @@ def _limit(setting: SettingVerdict) -> str | None:
         f"What limits the speed most is {_LIMITS[setting.limit]}. With half of that gone, the "
         f"{setting.predicted:.2f} that the costs predict would be {setting.halved[setting.limit]:.2f}."
     )
+
+
+def _under_load(load: Sequence[Load], first: SettingVerdict) -> str | None:
+    """Where the method of the verdict stops paying, if it was run in larger batches on enough prompts."""
+    for each in load:
+        for found in each.break_even:
+            if (each.sampling, found.method) == (first.sampling, first.method) and each.prompts >= LEAST_PROMPTS:
+                return f"Under load, {told(each, found)}"
+    return None
 
 
 def _next_steps(first: SettingVerdict, tau_history: Sequence[dict[str, Any]]) -> list[str]:

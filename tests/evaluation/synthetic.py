@@ -10,6 +10,7 @@ import numpy as np
 
 from drafttrain.evaluation import figures
 from drafttrain.evaluation.cost import predict
+from drafttrain.evaluation.load import Load, LoadBatch, LoadPoint, break_even
 from drafttrain.evaluation.methods import ORACLE
 from drafttrain.evaluation.schema import (
     AUTOREGRESSIVE,
@@ -29,6 +30,7 @@ from drafttrain.evaluation.schema import (
     SweepPoint,
     Workload,
 )
+from drafttrain.evaluation.statistics import Interval
 from drafttrain.evaluation.verdict import decide
 from drafttrain.training import calibration
 
@@ -169,6 +171,23 @@ def sweep(sampling):
     return points
 
 
+def load(sampling, speedups=None, sizes=(1, 4, 16)):
+    """Throughput that grows less than the batch, and speed-ups that fall as it does."""
+    speedups = speedups or {METHODS[1][0]: (1.46, 1.3, 0.84), METHODS[2][0]: (1.62, 1.22, 0.71)}
+    batches = []
+    for at, size in enumerate(sizes):
+        base = 250 * size**0.7
+        points = [LoadPoint(AUTOREGRESSIVE, base, 0.4 * size**0.3, 0.5 * size**0.3, size**0.9)]
+        for method, values in speedups.items():
+            value = values[at]
+            around = Interval(value, value - 0.05, value + 0.05)
+            points.append(LoadPoint(method, base * value, 0.4 / value, 0.5 / value, size**0.85, around))
+        batches.append(LoadBatch(size, points, [1 + 0.015 * size**0.8 * w for w in range(13)]))
+    found = Load(sampling, 16, 0, 16, batches, [])
+    found.break_even = [break_even(method, found.speedups(method)) for method in speedups]
+    return found
+
+
 def report(seed=0, samplings=tuple(SAMPLINGS), **changes):
     """A whole report of `METHODS`, and the answers behind it by (sampling, method)."""
     rows, answers, points = [], {}, []
@@ -182,9 +201,10 @@ def report(seed=0, samplings=tuple(SAMPLINGS), **changes):
     for row in rows:
         row.samples = f"samples/{row.sampling}-{len(row.method)}-{row.method[-8:]}.jsonl".replace(" ", "_")
     history = [{"step": 100 * i, "fraction": i / 10, "tau": 1.6 + 1.2 * (1 - 0.6**i)} for i in range(1, 11)]
+    loads = [load(sampling) for sampling in samplings]
     made = Report(
         SCHEMA_VERSION,
-        decide(rows, points, history, 1.05),
+        decide(rows, points, history, 1.05, loads),
         environment(),
         pair(),
         workload(answers, samplings),
@@ -192,6 +212,7 @@ def report(seed=0, samplings=tuple(SAMPLINGS), **changes):
         points,
         {"seed": seed},
         examples(),
+        load=loads,
         head=head_metrics(),
         tau_history=history,
     )

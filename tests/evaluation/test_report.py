@@ -8,7 +8,7 @@ import pytest
 
 from drafttrain.evaluation import plots, report, tables
 from drafttrain.evaluation.schema import read_report, read_samples
-from drafttrain.evaluation.verdict import verdict_lines
+from drafttrain.evaluation.verdict import decide, verdict_lines
 from drafttrain.run_folder import RunFolder
 from tests.evaluation import synthetic
 
@@ -82,6 +82,26 @@ def test_every_method_stands_in_every_table(written):
         assert text.count(f"`{row.method}`") >= 3
 
 
+def test_larger_batches_stand_in_both_pages_with_what_they_come_to(written):
+    made, run = written
+    text, page = ((run.path / name).read_text() for name in ("report.md", "report.html"))
+    for load in made.load:
+        assert f"Under load, {load.sampling}" in text and f"Batch sizes, {load.sampling}" in page
+        for batch in load.batches:
+            for point in batch.points:
+                assert f"| `{point.method}` | {batch.batch_size} | {point.tokens_per_second:.1f} |" in text
+    assert text.count("stops paying at a batch of 16") == 2 * 2 + 1  # two methods under two settings, and the verdict
+    assert "plots/load.png" in text and "throughput" in page
+
+
+def test_a_report_without_larger_batches_does_not_speak_of_them(tmp_path):
+    made, answers = synthetic.report(samplings=("greedy",), load=[])
+    made.verdict = decide(made.methods, made.sweep, made.tau_history, 1.05)
+    report.write(made, by_path(made, answers), RunFolder(tmp_path))
+    for name in ("report.md", "report.html"):
+        assert "Under load" not in (tmp_path / name).read_text()
+
+
 def test_notes_say_what_was_not_observed_and_what_else_is_to_be_known():
     made, _ = synthetic.report(samplings=("greedy",), notes=["A head of another setting."])
     assert "A head of another setting." in tables.method_notes(made)
@@ -102,7 +122,7 @@ def test_heads_of_other_names_are_curves_of_their_own():
 
 
 def test_plots_without_data_are_left_out_and_old_ones_removed(tmp_path):
-    made, _ = synthetic.report(samplings=("greedy",), sweep=[], tau_history=[], head=None)
+    made, _ = synthetic.report(samplings=("greedy",), sweep=[], tau_history=[], head=None, load=[])
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "pareto.png").write_bytes(b"old")
     drawn = plots.draw_all(made, tmp_path / "plots")

@@ -21,6 +21,14 @@ def test_a_report_survives_the_file(made, tmp_path):
     assert read_report(tmp_path / "report.json") == made[0]
 
 
+def test_a_report_from_before_load_was_measured_is_read(made, tmp_path):
+    data = json.loads(to_json(made[0]))
+    del data["load"]
+    (tmp_path / "report.json").write_text(json.dumps(data | {"schema_version": 1}))
+    read = read_report(tmp_path)
+    assert read.load == [] and read.methods == made[0].methods
+
+
 def test_samples_survive_the_file(made, tmp_path):
     answers = next(iter(made[1].values()))
     (tmp_path / "a.jsonl").write_text("".join(to_json_line(sample) + "\n" for sample in answers))

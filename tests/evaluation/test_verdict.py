@@ -182,3 +182,12 @@ def test_more_data_is_advised_while_tau_rises():
     assert rising(rising_history) and not rising(flat) and not rising([])
     lines = verdict_lines(decide(rows(Interval(1.6, 1.4, 1.8)), [], rising_history, 1.05))
     assert any("train on more data" in line for line in lines)
+
+
+def test_where_speculation_stops_paying_is_said_of_the_method_of_the_verdict():
+    load = synthetic.load("greedy", {METHOD: (1.5, 1.25, 0.75), "Model(drafter, length=9)": (1.1, 0.9, 0.5)})
+    lines = decide(rows(Interval(1.6, 1.4, 1.8)), [], [], 1.05, [synthetic.load("temperature 1"), load]).details
+    [line] = [line for line in lines if line.startswith("Under load")]
+    assert METHOD in line and "stops paying at a batch of 16 (0.75" in line
+    load.prompts = 4
+    assert not any("Under load" in line for line in decide(rows(Interval(1.6, 1.4, 1.8)), [], [], 1.05, [load]).details)
