@@ -149,7 +149,7 @@ def chain(name: str, options: argparse.Namespace) -> list[list[str]]:
     for seed in range(options.seeds):
         commands.append(["drafttrain/train_head.py", *ours, "--seed", str(seed), "--head.folder", f"head_{seed}"])
     commands.append(["drafttrain/train_head.py", *published])
-    evaluated = ["--evaluate.samplings", f"[{{temperature: {TEMPERATURES[name]}}}]"]
+    evaluated = ["--evaluate.samplings", f"[{{temperature: {TEMPERATURES[name]}}}]", "--evaluate.batch_sizes", "[]"]
     return [*commands, ["-m", "drafttrain.cli", "evaluate", *ours, *evaluated]]
 
 

@@ -61,6 +61,7 @@ def flags(task: str, temperature: float, options: argparse.Namespace) -> list[st
         "evaluate.prompts_per_task": 2 * options.prompts if task == "revise" else options.prompts,
         "evaluate.max_new_tokens": options.tokens,
         "evaluate.repeats": options.repeats,
+        "evaluate.batch_sizes": "[]",
     }
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 

@@ -262,6 +262,8 @@ class EvaluateConfig:
     """longest answer in real runs, in tokens"""
     batch_size: int = at_least(1, 1)
     """sequences decoded together in real runs"""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"low": 1})
+    """batch sizes of a second study: throughput, latency, where speculation stops paying; [] or [1] leaves it out"""
     repeats: int = at_least(1, 3)
     """interleaved repetitions of every method"""
     warmup: int = at_least(0, 1)

@@ -5,7 +5,8 @@
 
 Per decoding setting: costs are measured on tuning prompts; every fixed length and threshold is replayed on the tuning
 split's traces; the best few of each kind answer the test prompts, interleaved with the autoregressive baseline; their
-output is checked against the baseline's. The report opens with one verdict. Exit code 1 if any output is not exact.
+output is checked against the baseline's; the best fixed length and adaptive rule are run again in larger batches. The
+report opens with one verdict. Exit code 1 if any output is not exact.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from drafttrain.evaluation.environment import describe, load, peak_bytes, stream
 from drafttrain.evaluation.exactness import greedy_check, identity_check, not_checked, sampled_check
 from drafttrain.evaluation.examples import examples, sample_path
 from drafttrain.evaluation.inputs import Inputs, inputs_of
+from drafttrain.evaluation.load import Load
+from drafttrain.evaluation.load_study import Study
 from drafttrain.evaluation.measure import breakdown
 from drafttrain.evaluation.methods import check_length, family_of, kind_of, longest_of, parameter_of
 from drafttrain.evaluation.names import sampling_name, sampling_of
@@ -148,7 +151,8 @@ class Evaluation:
         self._check_float64(measured)
         rows = [row for each in measured for row in self._rows(each)]
         points = [point for each in measured for point in each.points]
-        verdict = decide(rows, points, self.tau_history, self.config.min_speedup)
+        studied = self._under_load(measured, configs, rows)
+        verdict = decide(rows, points, self.tau_history, self.config.min_speedup, studied)
         environment = describe(self.models.device, self.load_start)
         if environment.bandwidth:
             environment.roofline = environment.bandwidth / streamed_bytes(self.models.target.model)
@@ -162,6 +166,7 @@ class Evaluation:
             sweep=points,
             recipe=self.parsed.resolved,
             examples=[example for each in measured for example in self._examples(each)],
+            load=studied,
             head=self.head_metrics,
             tau_history=self.tau_history,
             notes=self.notes,
@@ -317,6 +322,18 @@ class Evaluation:
             kv_bytes=timings.kv_bytes,
             samples=sample_path(measured.name, method),
         )
+
+    def _under_load(
+        self, measured: Sequence[_Measured], configs: Sequence[SamplingConfig], rows: Sequence[MethodResult]
+    ) -> list[Load]:
+        """Larger batches under every setting."""
+        found = []
+        for each, config in zip(measured, configs, strict=True):
+            study = Study(self.models, sampling_of(config), each.name, self.config, self.seed)
+            own = [row for row in rows if row.sampling == each.name]
+            found.append(study.run(own, each.questions, each.samples))
+            self.notes += study.notes
+        return [each for each in found if each]
 
     def _workload(self, measured: Sequence[_Measured], configs: Sequence[SamplingConfig]) -> Workload:
         first, config = measured[0], self.config

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
-from drafttrain.config import Parsed
+from drafttrain.config import EvaluateConfig, Parsed
 from drafttrain.decoding.expression import parse_method
 from drafttrain.errors import UserError
 from drafttrain.evaluation.inputs import Inputs, inputs_of
-from drafttrain.evaluation.methods import check_length
+from drafttrain.evaluation.load_study import group_of, request_count, sizes_of
+from drafttrain.evaluation.methods import check_length, kind_of
 from drafttrain.evaluation.names import sampling_name
 from drafttrain.evaluation.pair import head_names, speed_dtype
 from drafttrain.evaluation.sweep import settings
@@ -92,5 +93,19 @@ def _work(parsed: Parsed, found: Inputs, path: str, heads: dict[str, AcceptanceH
         f"replay: {len(settings(config, heads))} lengths and thresholds, and perfect stopping",
         f"real runs: {methods} methods x {turns} test conversations x {config.repeats} repeats ({tasks})",
         f"tokens: at most {tokens:,} for the turns of one answer each, decoded one prompt after another",
+        _load(config),
         f"report: {RunFolder(parsed.run).report / 'report.html'}",
     ]
+
+
+def _load(config: EvaluateConfig) -> str:
+    """What the load study would run, a decoding setting."""
+    sizes = sizes_of(config)
+    kinds = {kind_of(method) for method in config.methods} if config.methods else {"fixed", "head"}
+    methods = 1 + len({group_of(kind) for kind in kinds - {"autoregressive"}})
+    if not sizes or methods == 1:
+        return "load: not studied (evaluate.batch_sizes)"
+    count = request_count(sizes)
+    tokens = len(sizes) * methods * count * config.repeats * config.max_new_tokens
+    work = f"{methods} methods x {count} requests x {config.repeats} repeats"
+    return f"load: {work} in batches of {', '.join(map(str, sizes))}; at most {tokens:,} tokens a setting"

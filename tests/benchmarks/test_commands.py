@@ -50,6 +50,7 @@ def test_every_command_of_the_chain_is_accepted(options, name):
     assert {parsed.run for _, parsed in read} == {options.run / name}
     assert {parsed.recipe.responses.sampling.temperature for _, parsed in read} == {temperature}
     assert [each.temperature for each in read[-1][1].recipe.evaluate.samplings] == [temperature]
+    assert read[-1][1].recipe.evaluate.batch_sizes == []
 
 
 def test_the_drafter_is_distilled_on_other_prompts_than_heads_learn_from(options):
@@ -124,6 +125,7 @@ def test_the_evaluations_of_speculation_are_accepted(task, tmp_path):
     parsed = parse("", SECTIONS["evaluate"], speculation.flags(task, temperature, options))
     assert parsed.recipe.prompts.mixture == {task: 16 * speculation.TRIED}
     assert parsed.recipe.responses.sampling.temperature == temperature and parsed.run == tmp_path / task
+    assert parsed.recipe.evaluate.batch_sizes == []
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 
 from drafttrain.cli import main
 from drafttrain.decoding import loop
+from drafttrain.evaluation.methods import kind_of
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, read_report, read_samples
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig
 from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
@@ -26,6 +27,7 @@ SMALL = {
     "thresholds": [0.3, 0.6],
     "bootstrap": 100,
     "prompts_per_task": 3,
+    "batch_sizes": [],
 }
 
 
@@ -61,7 +63,7 @@ def probe(files, tmp_path_factory):
     """The run folder of a probe, with an acceptance head in it."""
     run = tmp_path_factory.mktemp("probe") / "run"
     add_head(files, run)
-    main(["evaluate", *flags(files, run, *BOTH)])
+    main(["evaluate", *flags(files, run, *BOTH, "--evaluate.batch_sizes", "[3, 1]")])
     return run
 
 
@@ -90,6 +92,28 @@ def test_the_report_holds_every_kind_under_every_setting(probe):
     assert {"speedup", "length", "pareto", "breakdown"} <= set(report.plots)
     assert all((probe / path).is_file() for path in report.plots.values())
     assert report.environment.cores and report.environment.versions["torch"]
+
+
+def test_larger_batches_are_measured_and_reported(probe):
+    report = read_report(probe)
+    assert [load.sampling for load in report.load] == ["greedy", "temperature 1"]
+    for load in report.load:
+        assert (load.requests, load.repeated, load.prompts) == (16, 13, 3)
+        assert [batch.batch_size for batch in load.batches] == [1, 3]
+        for batch in load.batches:
+            base, *drafting = batch.points
+            assert kind_of(drafting[0].method) == "fixed" and len(drafting) == 2
+            assert base.method == AUTOREGRESSIVE and base.speedup is None
+            assert all(1 <= point.live_rows <= batch.batch_size for point in batch.points)
+            assert all(0 < point.latency_median <= point.latency_95 for point in batch.points)
+            for point in drafting:
+                assert point.speedup.value == pytest.approx(point.tokens_per_second / base.tokens_per_second)
+            assert batch.v[0] == 1 and batch.v == sorted(batch.v) and len(batch.v) == SMALL["max_length"] + 1
+        assert [found.method for found in load.break_even] == [point.method for point in load.batches[0].points[1:]]
+    assert (probe / report.plots["load"]).is_file()
+    for name in ("report.md", "report.html"):
+        text = (probe / name).read_text()
+        assert "Under load" in text and "13 of them again" in text
 
 
 def test_output_is_checked_and_exact(probe):
@@ -168,6 +192,9 @@ def test_the_plan_runs_nothing_and_writes_nothing(files, tmp_path, capsys):
     main(["evaluate", *flags(files, tmp_path / "run", "--plan")])
     text = capsys.readouterr().out
     assert "what would run" in text and "<|user|>" in text and "[[the answer" in text
+    assert "load: not studied" in text
+    main(["evaluate", *flags(files, tmp_path / "run", "--plan", "--evaluate.batch_sizes", "[4, 1, 32]")])
+    assert "3 methods x 32 requests x 1 repeats in batches of 1, 4, 32; at most 4,608 tokens" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -196,7 +223,11 @@ def test_mistakes_are_told_in_a_sentence(files, tmp_path, capsys, plan):
 
 @pytest.mark.parametrize(
     ("name", "value", "told"),
-    [("thresholds", "[0.5, 1.5]", "between 0.0 and 1.0"), ("tolerance", "-1", "at least 0.0")],
+    [
+        ("thresholds", "[0.5, 1.5]", "between 0.0 and 1.0"),
+        ("tolerance", "-1", "at least 0.0"),
+        ("batch_sizes", "[4, 0]", "at least 1"),
+    ],
 )
 def test_impossible_numbers_are_refused_before_anything_runs(files, tmp_path, capsys, name, value, told):
     argv = flags(files, tmp_path / "run", f"--evaluate.{name}", value)
