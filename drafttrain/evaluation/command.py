@@ -347,6 +347,7 @@ class Evaluation:
             prompts=figures.workload(first.samples[AUTOREGRESSIVE]),
             prompts_hash=prompts_hash(first.questions),
             tuned_by=first.tuned_by,
+            compiled=self.models.compiled,
         )
 
     def _examples(self, measured: _Measured) -> list[ExampleAnswer]:

@@ -144,6 +144,7 @@ def _machine(report: Report) -> dict[str, object]:
         "threads": machine.threads,
         "dtype": work.dtype,
         "batch size": work.batch_size,
+        "compiled": work.compiled,
     }
 
 

@@ -89,7 +89,8 @@ def _work(parsed: Parsed, found: Inputs, path: str, heads: dict[str, AcceptanceH
     tasks = ", ".join(f"{task} {count}" for task, count in Counter(r["task"] for r in found.test).items())
     return [
         f"pair: {parsed.recipe.target.path} with {path}" + (f", heads: {', '.join(heads)}" if heads else ", no head"),
-        f"settings: {'; '.join(samplings)}; {speed_dtype(parsed.recipe)}, batch {config.batch_size}",
+        f"settings: {'; '.join(samplings)}; {speed_dtype(parsed.recipe)}, batch {config.batch_size}"
+        + (", compiled" if config.compile else ""),
         f"replay: {len(settings(config, heads))} lengths and thresholds, and perfect stopping",
         f"real runs: {methods} methods x {turns} test conversations x {config.repeats} repeats ({tasks})",
         f"tokens: at most {tokens:,} for the turns of one answer each, decoded one prompt after another",

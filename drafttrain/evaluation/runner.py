@@ -157,17 +157,21 @@ def instrument_all(
 ) -> dict[str, Timings]:
     """Instrumented runs of several methods, batch by batch in turn, after a short one of each that does not count.
 
-    The autoregressive method, where it is among them, gives every batch its unit.
+    The autoregressive method, where it is among them, is run again directly before each of the others and so gives
+    their units: how fast a shared machine is may change from one second to the next.
     """
     timings = {method: Timings() for method in decoders}
     short = [replace(question, limit=min(question.limit, _WARM_TOKENS)) for question in groups[0]]
+    base, unit = decoders.get(AUTOREGRESSIVE), 1.0
     with steady():
         for number, group in enumerate([short, *groups]):
-            found = {method: instrument(decoder, [group], engines) for method, decoder in decoders.items()}
-            steps = [each.total for each in found[AUTOREGRESSIVE].rounds] if AUTOREGRESSIVE in found else [1.0]
-            for method, own in found.items():
+            for method, decoder in decoders.items():
+                if base is not None:
+                    beside = instrument(base, [group], engines)
+                    unit = statistics.median(each.total for each in beside.rounds)
+                own = beside if decoder is base else instrument(decoder, [group], engines)
                 for each in own.rounds:
-                    each.unit = statistics.median(steps)
+                    each.unit = unit
                 if number > 0:
                     timings[method].add(own)
     return timings

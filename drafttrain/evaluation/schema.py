@@ -196,6 +196,8 @@ class Workload:
     prompts_hash: str
     tuned_by: str
     """how the settings were chosen: replay of which traces, or the recipe"""
+    compiled: bool = False
+    """whether target and drafter ran as compiled graphs"""
 
 
 @dataclass

@@ -271,6 +271,7 @@ def _work(report: Report) -> str:
     prompts = ", ".join(f"{task} {count}" for task, count in work.prompts.items() if task != ALL)
     return (
         f"Test prompts: {prompts}; up to {work.max_new_tokens} new tokens, batch {work.batch_size}, {work.dtype}, "
+        f"{'compiled, ' if work.compiled else ''}"
         f"{work.repeats} repeats (median). Methods ran in turn prompt by prompt after a warm-up, the baseline among "
         "them, in the same process, engine and dtype."
     )

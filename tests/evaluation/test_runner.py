@@ -165,5 +165,8 @@ def test_a_wider_forward_never_costs_less():
 def test_instrumented_runs_take_turns_and_carry_their_unit(engines):
     made = {AUTOREGRESSIVE: decoders(engines)["plain"], "Model(drafter, length=3)": decoders(engines)["fixed"]}
     found = instrument_all(made, [[question] for question in questions(2)], engines)
-    units = [{each.unit for each in found[method].rounds} for method in made]
-    assert units[0] == units[1] and len(units[0]) == 2 and all(unit > 0 for unit in units[0])
+    base, drafted = ([each.unit for each in found[method].rounds] for method in made)
+    totals = [each.total for each in found[AUTOREGRESSIVE].rounds]
+    assert len(set(base)) == len(set(drafted)) == 2, "one unit a batch"
+    assert all(min(totals) <= unit <= max(totals) for unit in base)
+    assert not set(base) & set(drafted), "every method has the unit of runs of its own"
