@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from drafttrain.evaluation.statistics import Interval
 
@@ -48,9 +47,10 @@ class BreakEven:
 
     method: str
     batch_size: int | None
-    """the smallest size measured where the speed-up's interval does not lie above 1; None: not within those measured"""
+    """the smallest size measured from which on no interval of the speed-up lies above 1; None: not within them"""
     crossing: float | None
-    """where the speed-up falls to 1, on straight lines over log(batch size) between sizes measured; None: nowhere"""
+    """where the speed-up falls to 1 for good, on a straight line over log(batch size) between sizes measured; None:
+    nowhere"""
 
 
 @dataclass
@@ -82,13 +82,13 @@ def break_even(method: str, speedups: Mapping[int, Interval]) -> BreakEven:
         speedups: over the baseline at the same batch size, by batch size, at least one.
     """
     sizes = sorted(speedups)
-    stops = next((size for size in sizes if speedups[size].low <= 1), None)
-    values = {size: speedups[size].value for size in sizes}
-    falls = next(((a, b) for a, b in pairwise(sizes) if values[a] > 1 >= values[b]), None)
-    if falls is None:
+    paying = [size for size in sizes if speedups[size].low > 1]
+    stops = next((size for size in sizes if not paying or size > paying[-1]), None)
+    above = [size for size in sizes if speedups[size].value > 1]
+    if not above or above[-1] == sizes[-1]:
         return BreakEven(method, stops, None)
-    a, b = falls
-    share = (values[a] - 1) / (values[a] - values[b])
+    a, b = above[-1], sizes[sizes.index(above[-1]) + 1]
+    share = (speedups[a].value - 1) / (speedups[a].value - speedups[b].value)
     return BreakEven(method, stops, math.exp((1 - share) * math.log(a) + share * math.log(b)))
 
 
@@ -101,7 +101,7 @@ def told(load: Load, found: BreakEven) -> str:
         listed = ", ".join(map(str, sizes))
         line = f"pays at every batch size measured ({listed}; {last}): where it stops is not within them"
     elif found.batch_size == sizes[0]:
-        line = f"is not shown to pay even at a batch of {sizes[0]} ({speedups[sizes[0]]:.2f} times as fast)"
+        line = f"is not shown to pay at any batch size measured ({speedups[sizes[0]]:.2f} times as fast at {sizes[0]})"
     else:
         line = f"stops paying at a batch of {found.batch_size} ({speedups[found.batch_size]:.2f} times as fast)"
     if found.crossing is not None:

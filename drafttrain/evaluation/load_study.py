@@ -1,7 +1,7 @@
 """The load study: the baseline and the best method of each kind answer the same requests at several batch sizes.
 
-Methods are interleaved batch by batch as in the headline's runs, on requests whose answers counted there. All rows of a
-batch start together and none joins later, so a batch shrinks as its answers end; how far is reported (`live_rows`).
+Methods are interleaved batch by batch as in the headline's runs. All rows of a batch start together and none joins
+later, so a batch shrinks as its answers end; how far is reported (`live_rows`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from drafttrain.evaluation.figures import pair, rate_interval
 from drafttrain.evaluation.load import Load, LoadBatch, LoadPoint, break_even
 from drafttrain.evaluation.measure import verify_costs
 from drafttrain.evaluation.pair import Models
-from drafttrain.evaluation.questions import Question, different, to_sample
+from drafttrain.evaluation.questions import Question, to_sample
 from drafttrain.evaluation.runner import batches, instrument_all, interleave
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Kind, MethodResult, Sample
 from drafttrain.evaluation.tuning import CALIBRATION_TOKENS
@@ -71,9 +71,10 @@ def _merit(row: MethodResult) -> tuple[float, float]:
 
 
 def requests_of(questions: Sequence[Question], samples: Mapping[str, Sequence[Sample]], count: int) -> list[Question]:
-    """What is asked: questions whose answers count with every method, of as many tasks as there are.
+    """What is asked: of the questions whose answers count with every method those with the longest, longest first.
 
-    Where they are too few they are asked again with other sample ids, hence other draws.
+    Long answers are what the batches of a busy server hold most of the time, and with equally long ones a batch stays
+    full. Where questions are too few they are asked again with other sample ids, hence other draws.
 
     Args:
         questions: test questions.
@@ -83,13 +84,14 @@ def requests_of(questions: Sequence[Question], samples: Mapping[str, Sequence[Sa
     Returns:
         none where no question counts.
     """
-    counted = [pair(answers, samples[AUTOREGRESSIVE]).counted for answers in samples.values()]
-    turns = set.intersection(*[{(own.prompt_id, own.turn) for own, _ in pairs} for pairs in counted])
-    fit = different([each for each in questions if (each.prompt_id, each.turn) in turns], count)
-    if not fit:
-        return []
-    again = [divmod(number, len(fit)) for number in range(count)]
-    return [replace(fit[at], sample_id=fit[at].sample_id + times) for times, at in again]
+    base = samples[AUTOREGRESSIVE]
+    counted = [{(own.prompt_id, own.turn) for own, _ in pair(answers, base).counted} for answers in samples.values()]
+    lengths = {(sample.prompt_id, sample.turn): len(sample.token_ids) for sample in base}
+    fit = [each for each in questions if (each.prompt_id, each.turn) in set.intersection(*counted)]
+    fit.sort(key=lambda each: -lengths[each.prompt_id, each.turn])
+    again = [divmod(number, len(fit)) for number in range(count)] if fit else []
+    asked = [replace(fit[at], sample_id=fit[at].sample_id + times) for times, at in again]
+    return sorted(asked, key=lambda each: -lengths[each.prompt_id, each.turn])
 
 
 class Study:

@@ -163,10 +163,11 @@ def load_notes(load: Load) -> list[str]:
     again = f", {load.repeated} of them again under other sample ids, for want of prompts" if load.repeated else ""
     return [
         *[told(load, found) for found in load.break_even],
-        f"The same {load.requests} requests of {load.prompts} conversations at every batch size{again}, in whole "
-        "batches. Tokens per second are of the batch, prefill left out; latency is from the start of a batch, prefill "
-        "included, to the end of a request; v is of full batches. No request joins a batch that runs: it shrinks as "
+        f"Asked at every batch size: the {load.requests} requests with the longest answers, of {load.prompts} "
+        f"conversations{again}; such fill the batches of a busy server. None joins a batch that runs: it shrinks as "
         "answers end, and *live rows* says how many were decoded together on the mean.",
+        "Tokens per second are of the whole batch, prefill left out. Latency is from the start of a batch, prefill "
+        "included, to the end of a request. v(w) is of full batches, in forwards of width 1 of as many rows.",
     ]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -81,20 +82,22 @@ def answers(**changes):
     }
 
 
-def test_only_what_counts_with_every_method_is_asked_and_of_every_task():
+def test_of_what_counts_with_every_method_the_longest_answers_are_asked_for():
     given_answers = answers(looping=("code-0",), wrong=("revise-2",))
-    found = requests_of(asked(), given_answers, 16)
-    assert len({each.prompt_id for each in found}) == 16 and {each.task for each in found} == set(synthetic.TASKS)
-    everything = {each.prompt_id for each in requests_of(asked(), given_answers, 99)}
-    assert everything == {each.prompt_id for each in asked()} - {"code-0", "revise-2"}
+    lengths = {sample.prompt_id: len(sample.token_ids) for sample in given_answers[AUTOREGRESSIVE]}
+    counted = {each.prompt_id for each in asked()} - {"code-0", "revise-2"}
+    found = [each.prompt_id for each in requests_of(asked(), given_answers, 16)]
+    assert [lengths[name] for name in found] == sorted((lengths[name] for name in counted), reverse=True)[:16]
+    assert len(counted & set(found)) == 16
+    assert {each.prompt_id for each in requests_of(asked(), given_answers, 99)} == counted
     assert requests_of(asked(), answers(looping=[each.prompt_id for each in asked()]), 16) == []
 
 
 def test_too_few_questions_are_asked_again_with_other_draws():
-    few = asked()[:3]
-    found = requests_of(few, answers(), 7)
-    assert [each.prompt_id for each in found] == [f"code-{i}" for i in (0, 1, 2, 0, 1, 2, 0)]
-    assert len({each.sample_id for each in found}) == 7 and found[:3] == few
+    found = requests_of(asked()[:3], answers(), 7)
+    assert sorted(Counter(each.prompt_id for each in found).values()) == [2, 2, 3]
+    assert len({each.sample_id for each in found}) == 7
+    assert {each.sample_id for each in asked()[:3]} <= {each.sample_id for each in found}
 
 
 def test_the_method_that_replay_chose_stands_for_its_kind():
