@@ -80,7 +80,7 @@ SECTIONS: dict[str, type] = {
     name: hint for name, hint in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(hint)
 }
 
-_GENERAL = ("config", "run", "plan", "accept-new-target")
+_GENERAL = ("config", "run", "plan", "accept-new-target", "allow-code")
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
 
@@ -93,6 +93,7 @@ class Parsed:
         run: the run folder, not yet made.
         plan: print what would run and exit.
         accept_new_target: go on though the target's weights differ from the recorded ones.
+        allow_code: import classes from outside that methods name.
         config: the recipe file, None when flags were enough.
         resolved: the full recipe as a plain dict, for recipe.yaml and provenance; paths inside the repository are
             relative to it, so the record can be used on another machine.
@@ -102,6 +103,7 @@ class Parsed:
     run: Path
     plan: bool
     accept_new_target: bool
+    allow_code: bool
     config: Path | None
     resolved: dict[str, Any]
 
@@ -148,6 +150,7 @@ def parse(
         run=_run_folder(own.run, config),
         plan=own.plan,
         accept_new_target=own.accept_new_target,
+        allow_code=own.allow_code,
         config=config,
         resolved=_map_paths(Recipe, dataclasses.asdict(recipe), _portable_path),
     )
@@ -437,6 +440,7 @@ def _general_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", "--run-dir", type=Path)  # torchrun takes --run for an abbreviation of its --run-path
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--accept-new-target", action="store_true")
+    parser.add_argument("--allow-code", action="store_true")
     parser.add_argument(*_LAUNCHER_FLAGS, type=int)
     return parser
 
@@ -464,6 +468,7 @@ def _parser(
     parser.add_argument("--run", metavar="DIR", help="run folder; spelt --run-dir under torchrun")
     parser.add_argument("--plan", action="store_true", help="print what would run and what it needs, then exit")
     parser.add_argument("--accept-new-target", action="store_true", help="go on though the target's weights changed")
+    parser.add_argument("--allow-code", action="store_true", help="import classes of your own that methods name")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help=_field_help()["Recipe", "seed"])
     for name in sections:
         parser.add_class_arguments(SECTIONS[name], name, help=inspect.getdoc(SECTIONS[name]))

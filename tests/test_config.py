@@ -112,6 +112,7 @@ def test_every_program_takes_the_whole_recipe(ask):
         ("--depth", "--head.depth"),
         ("--rum", "--run"),
         ("--accept-new-targets", "--accept-new-target"),
+        ("--allow-cod", "--allow-code"),
         ("--drafter.lora.rr", "--drafter.lora.r"),
         ("--target.path.x", "--target.path"),
         ("--traces.sampling.temprature", "--traces.sampling.temperature"),
@@ -232,9 +233,10 @@ def test_launchers_arguments_are_accepted_and_ignored(ask, words):
 
 
 def test_general_flags_are_read(ask):
-    parsed = ask("--plan", "--accept-new-target")
-    assert parsed.plan and parsed.accept_new_target and str(parsed.run) == "r" and parsed.config is None
-    assert not ask().plan and not ask().accept_new_target
+    parsed = ask("--plan", "--accept-new-target", "--allow-code")
+    assert parsed.plan and parsed.accept_new_target and parsed.allow_code
+    assert str(parsed.run) == "r" and parsed.config is None
+    assert not ask().plan and not ask().accept_new_target and not ask().allow_code
 
 
 def test_the_run_folder_is_named_after_the_recipe_when_none_is_given(tmp_path):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,12 @@ class Committed:
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [len(row) for row in self.tokens]
+
+    def extended(self, prefix: Draft | None) -> list[list[int]]:
+        """The text of each row with an uncommitted draft behind it. Reads the draft from the device."""
+        if prefix is None or prefix.width == 0:
+            return self.tokens
+        return [text + more for text, more in zip(self.tokens, prefix.rows(), strict=True)]
 
     def shared_with(self, other: Committed | None) -> list[int] | None:
         """How many leading tokens of each row, short of its last, another text repeats.
@@ -96,6 +103,14 @@ class Draft:
             name: count if isinstance(count, int) else count.to(device) for name, count in self.forwards.items()
         }
         return replace(self, **moved, forwards=forwards)
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]], source: str) -> Draft:
+        """A draft of deterministic tokens, copied ones for example, as many as each row has; on the CPU."""
+        lengths = [len(row) for row in rows]
+        width = max(lengths)
+        tokens_BK = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64)
+        return Draft(tokens_BK, None if min(lengths) == width else torch.tensor(lengths), source=source)
 
     @staticmethod
     def empty(rows: int, device: torch.device) -> Draft:

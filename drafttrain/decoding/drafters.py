@@ -8,6 +8,7 @@ it has not read yet; they ride along in its next forward, so a full acceptance c
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,6 +45,10 @@ class Setting:
 class Drafter(Protocol):
     """The interface of everything that proposes tokens.
 
+    What is proposed may depend on the committed text, the prefix, the sample ids and the run's draws alone: not on
+    drafts that were rejected, nor on the rest of the batch. `drafttrain.testing.check_drafter` holds a drafter to it.
+    One that keeps nothing between rounds may inherit `start`, `commit` and `keep`, which do nothing, from here.
+
     Attributes:
         name: the label of its tokens and of its forwards in reports.
         max_length: the most tokens it proposes in a round.
@@ -65,6 +70,7 @@ class Drafter(Protocol):
         """
         ...
 
+    @abstractmethod
     def propose(
         self,
         committed: Committed,
@@ -88,8 +94,12 @@ class Drafter(Protocol):
         ...
 
     def score(self, committed: Committed, draft: Draft) -> Tensor:
-        """Read another's draft: its own logits at each drafted position and the one after, [B, K + 1, V]."""
-        ...
+        """Read another's draft: its own logits at each drafted position and the one after, [B, K + 1, V].
+
+        Raises:
+            UserError: it has no logits of its own.
+        """
+        raise UserError(f"{self.name} has no logits to hold another drafter's tokens against")
 
     def commit(self, agreed: Sequence[int]) -> None:
         """A round is over and the committed text has grown.
@@ -167,7 +177,7 @@ class ModelDrafter:
     ) -> Draft:
         """Draft a chain behind committed ++ prefix."""
         self._base = committed.lengths
-        texts = _extended(committed.tokens, prefix)
+        texts = committed.extended(prefix)
         starts = [len(text) for text in texts]
         limits = self.stop.limits(committed.sample_ids, starts)
         limits = [min(pair) for pair in zip(limits, budget, strict=True)]
@@ -306,12 +316,6 @@ class _Round:
         for eos in self.eos_ids:
             going_B = going_B & (tokens_B != eos)
         return going_B if stop_B is None else going_B & ~stop_B
-
-
-def _extended(texts: list[list[int]], prefix: Draft | None) -> list[list[int]]:
-    if prefix is None or prefix.width == 0:
-        return texts
-    return [text + more for text, more in zip(texts, prefix.rows(), strict=True)]
 
 
 def _seen_with(committed: Committed, prefix: Draft | None) -> Tensor:

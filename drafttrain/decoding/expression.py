@@ -5,22 +5,24 @@
     Model(drafter, stop=AcceptanceHead(head, 0.7, min=2, max=20))
     Model(drafter, length=8, stop=Confidence(0.4))
     Model(drafter, stop=Entropy(1.5))
+    my_package.MyDrafter(drafter, k=3)
 
-Capitalised calls are constructors; bare names are members (an engine, a head) that `build` is given. The string is
-parsed with `ast` and never evaluated.
+Capitalised calls are constructors; bare names are members (an engine, a head) that `build` is given; dotted calls are
+classes from outside, which get their members as they are. The string is parsed with `ast` and never evaluated, and a
+class from outside is imported only when the caller allows it.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from drafttrain.decoding.drafters import Drafter, ModelDrafter
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.outside import lacking, load_class, nearest
 from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, Head, StoppingRule
 from drafttrain.errors import UserError
 
@@ -40,9 +42,10 @@ class Expression:
     """A parsed method.
 
     Attributes:
-        name: of the constructor.
+        name: of the constructor, or dotted, of a class from outside.
         arguments: by parameter name, in the constructor's order, only those that were given. Values are numbers,
-            booleans, strings, `Member`, `Expression`, or tuples of these.
+            booleans, strings, `Member`, `Expression`, or tuples of these. Of a class from outside those given by place
+            have no name, and the order is as written until it is `resolved`.
     """
 
     name: str
@@ -50,12 +53,17 @@ class Expression:
 
     def __str__(self) -> str:
         """The canonical form: required parameters by place, optional ones by name."""
-        parameters = inspect.signature(CONSTRUCTORS[self.name]).parameters
-        parts = []
-        for name, value in self.arguments:
-            required = parameters[name].default is inspect.Parameter.empty
-            parts.append(_text(value) if required else f"{name}={_text(value)}")
+        by_place = {""}
+        if not self.outside:
+            parameters = inspect.signature(CONSTRUCTORS[self.name]).parameters.values()
+            by_place = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+        parts = [_text(value) if name in by_place else f"{name}={_text(value)}" for name, value in self.arguments]
         return f"{self.name}({', '.join(parts)})"
+
+    @property
+    def outside(self) -> bool:
+        """Whether it names a class from outside."""
+        return "." in self.name
 
     @property
     def members(self) -> set[str]:
@@ -65,6 +73,8 @@ class Expression:
 
 def parse_method(text: str) -> Expression:
     """Parse a method expression.
+
+    What a class from outside takes is not known here: see `resolved`.
 
     Raises:
         UserError: it is malformed, or names an unknown constructor or parameter.
@@ -85,20 +95,52 @@ def parse_method(text: str) -> Expression:
     return parsed
 
 
-def build(method: Expression | str, members: Mapping[str, Any]) -> Drafter | None:
+def resolved(method: Expression, allow_code: bool) -> Expression:
+    """The method in canonical form, once its classes from outside are found and take what they are given.
+
+    Args:
+        method: as parsed.
+        allow_code: import those classes, which runs the code of their modules.
+
+    Raises:
+        UserError: there is such a class and it is not allowed, cannot be found, or takes other parameters.
+    """
+    if method.outside and not allow_code:
+        raise UserError(
+            f"{method.name} in the method is a class from outside drafttrain; importing it runs its code, which needs "
+            "--allow-code"
+        )
+    arguments = tuple((name, _resolved(value, allow_code)) for name, value in method.arguments)
+    if method.outside:
+        positional = [value for name, value in arguments if not name]
+        named = {name: value for name, value in arguments if name}
+        bound = _bind(method.name, load_class(method.name), positional, named, str(method))
+        arguments = tuple(_in_order(bound))
+    return Expression(method.name, arguments)
+
+
+def build(method: Expression | str, members: Mapping[str, Any], allow_code: bool = False) -> Drafter | None:
     """Make the drafter that a method describes; None for autoregressive decoding.
 
     Args:
         method: an expression or its string.
         members: engines and heads by the names used in it.
+        allow_code: import the classes from outside that it names.
 
     Raises:
-        UserError: a member is missing or of the wrong kind, or the method is no drafter.
+        UserError: a member is missing or of the wrong kind, a class from outside is not allowed or not to be had, or
+            the method is no drafter.
     """
-    expression = parse_method(method) if isinstance(method, str) else method
+    expression = resolved(parse_method(method) if isinstance(method, str) else method, allow_code)
     drafter = _build(expression, members)
-    if drafter is not None and not hasattr(drafter, "propose"):
+    missing = [] if drafter is None else lacking(drafter, Drafter)
+    if missing and not lacking(drafter, StoppingRule):
         raise UserError(f"{expression} is no drafter; give it to one, as in Model(drafter, stop={expression})")
+    if missing:
+        raise UserError(
+            f"{expression.name} is no drafter: it lacks {', '.join(missing)} (what one needs: Drafter in "
+            "drafttrain/decoding/drafters.py)"
+        )
     return drafter
 
 
@@ -129,8 +171,11 @@ def _model(
             f"Model({drafter.name}) needs a length or a stopping rule, as in Model({drafter.name}, length=5)"
         )
     _check_lengths("Model", length=1 if length is None else length, check_every=check_every)
-    if stop is not None and not hasattr(stop, "limits"):
-        raise UserError("Model's stop must be a stopping rule, as in stop=Confidence(0.4)")
+    if stop is not None and (missing := lacking(stop, StoppingRule)):
+        raise UserError(
+            "Model's stop must be a stopping rule, as in stop=Confidence(0.4), but "
+            f"{stop.name if isinstance(stop, _Named) else type(stop).__name__} lacks {', '.join(missing)}"
+        )
     return ModelDrafter(drafter.value, length, stop, drafter.name, check_every)
 
 
@@ -185,8 +230,8 @@ def _check_numbers(constructor: str, **values: object) -> None:
 
 def _parse(node: ast.expr, text: str) -> Any:
     match node:
-        case ast.Call(func=ast.Name(id=name)):
-            return _parse_call(name, node, text)
+        case ast.Call(func=func) if all(part.isidentifier() for part in ast.unparse(func).split(".")):
+            return _parse_call(ast.unparse(func), node, text)
         case ast.Name(id=name):
             return Member(name)
         case ast.Constant(value=value) if isinstance(value, bool | int | float | str):
@@ -199,9 +244,9 @@ def _parse(node: ast.expr, text: str) -> Any:
 
 
 def _parse_call(name: str, node: ast.Call, text: str) -> Expression:
-    if name not in CONSTRUCTORS:
-        raise UserError(f"method {text!r} has an unknown constructor {name}; {_nearest(name, list(CONSTRUCTORS))}")
-    signature = inspect.signature(CONSTRUCTORS[name])
+    outside = "." in name
+    if not outside and name not in CONSTRUCTORS:
+        raise UserError(f"method {text!r} has an unknown constructor {name}; {nearest(name, CONSTRUCTORS)}")
     if any(keyword.arg is None for keyword in node.keywords):
         raise UserError(f"method {text!r} may not use ** in {name}(...)")
     positional = [_parse(argument, text) for argument in node.args]
@@ -209,35 +254,82 @@ def _parse_call(name: str, node: ast.Call, text: str) -> Expression:
     twice = len(named) < len(node.keywords)
     if twice:
         raise UserError(f"{name} in method {text!r} is given a parameter twice")
-    unknown = [argument for argument in named if argument not in signature.parameters]
+    if outside:
+        return Expression(name, (*(("", value) for value in positional), *named.items()))
+    return Expression(name, tuple(_bind(name, CONSTRUCTORS[name], positional, named, text).arguments.items()))
+
+
+def _bind(
+    name: str, called: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any], text: str
+) -> inspect.BoundArguments:
+    """Arguments by the parameters of what is called.
+
+    Raises:
+        UserError: it has no such parameter, or they do not fit.
+    """
+    signature = inspect.signature(called)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    unknown = [argument for argument in named if argument not in signature.parameters and not takes_any]
     if unknown:
-        hint = _nearest(unknown[0], list(signature.parameters))
+        hint = nearest(unknown[0], signature.parameters)
         raise UserError(f"{name} in method {text!r} has no parameter {unknown[0]}; {hint}")
     try:
-        bound = signature.bind(*positional, **named)
+        return signature.bind(*positional, **named)
     except TypeError as error:
-        raise UserError(f"{name}{signature_text(name)} in method {text!r} does not fit: {error}") from None
-    return Expression(name, tuple(bound.arguments.items()))
+        raise UserError(f"{name}{_signature_text(signature)} in method {text!r} does not fit: {error}") from None
 
 
-def signature_text(name: str) -> str:
-    """The parameters of a constructor as a person would write them."""
-    parameters = inspect.signature(CONSTRUCTORS[name]).parameters.values()
-    empty = inspect.Parameter.empty
-    return f"({', '.join(p.name if p.default is empty else f'{p.name}={p.default}' for p in parameters)})"
+def _signature_text(signature: inspect.Signature) -> str:
+    """Parameters as a person would write them."""
+    parameters = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+
+
+def _in_order(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+    """Arguments of a class from outside: required ones by place, without a name, optional ones by name."""
+    parameters = bound.signature.parameters
+    if any(parameters[name].kind is inspect.Parameter.VAR_POSITIONAL for name in bound.arguments):
+        yield from (("", value) for value in bound.args)
+        yield from bound.kwargs.items()
+        return
+    for name, value in bound.arguments.items():
+        parameter = parameters[name]
+        required = parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
+        if parameter.kind is parameter.VAR_KEYWORD:
+            yield from value.items()
+        else:
+            yield "" if required or parameter.kind is parameter.POSITIONAL_ONLY else name, value
+
+
+def _resolved(value: Any, allow_code: bool) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_resolved(part, allow_code) for part in value)
+    return resolved(value, allow_code) if isinstance(value, Expression) else value
 
 
 def _build(value: Any, members: Mapping[str, Any]) -> Any:
     if isinstance(value, Expression):
-        arguments = {name: _build(argument, members) for name, argument in value.arguments}
-        return CONSTRUCTORS[value.name](**arguments)
+        arguments = [(name, _build(argument, members)) for name, argument in value.arguments]
+        return _made_outside(value.name, arguments) if value.outside else CONSTRUCTORS[value.name](**dict(arguments))
     if isinstance(value, Member):
         if value.name not in members:
-            raise UserError(f"the method names {value.name}, which is not there; {_nearest(value.name, list(members))}")
+            raise UserError(f"the method names {value.name}, which is not there; {nearest(value.name, members)}")
         return _Named(value.name, members[value.name])
     if isinstance(value, tuple):
         return tuple(_build(part, members) for part in value)
     return value
+
+
+def _made_outside(name: str, arguments: Sequence[tuple[str, Any]]) -> Any:
+    """An object of a class from outside, which is given members themselves, not their names."""
+    positional = [_unnamed(value) for argument, value in arguments if not argument]
+    return load_class(name)(*positional, **{argument: _unnamed(value) for argument, value in arguments if argument})
+
+
+def _unnamed(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_unnamed(part) for part in value)
+    return value.value if isinstance(value, _Named) else value
 
 
 def _members(value: Any) -> set[str]:
@@ -252,8 +344,3 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_text, value))}]"
     return str(value) if isinstance(value, Expression | Member) else repr(value)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known are: {', '.join(sorted(known)) or 'none'}"

@@ -12,6 +12,7 @@ change the emitted distribution, since none can drop a drawn token. Conventions 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -55,7 +56,7 @@ class Step:
 
 
 class StoppingRule(Protocol):
-    """The interface of a stopping rule.
+    """The interface of a stopping rule. What it says may depend on the steps and the places of the round alone.
 
     Attributes:
         min_length: the rule is not listened to before this many tokens.
@@ -67,6 +68,7 @@ class StoppingRule(Protocol):
     max_length: int
     adaptive: bool
 
+    @abstractmethod
     def limits(self, sample_ids: Sequence[int], starts: Sequence[int]) -> list[int]:
         """The most tokens to draft this round in each row, known before drafting.
 

@@ -13,7 +13,7 @@ import torch
 from drafttrain.config import Parsed, Recipe
 from drafttrain.decoding.drafters import Drafter
 from drafttrain.decoding.engine import Engine
-from drafttrain.decoding.expression import build, parse_method
+from drafttrain.decoding.expression import build, parse_method, resolved
 from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.dialogue import end_tokens
@@ -49,6 +49,7 @@ class Models:
         dtype: name of the dtype of both models.
         stop_strings: texts that end an answer, None for none.
         compiled: whether both models run as compiled graphs in that dtype.
+        allow_code: whether methods may name classes from outside.
     """
 
     target: Loaded
@@ -58,6 +59,7 @@ class Models:
     dtype: str
     stop_strings: StopStrings | None = None
     compiled: bool = False
+    allow_code: bool = False
     _engines: dict[str, tuple[Engine, Engine]] = field(default_factory=dict)
 
     @property
@@ -116,13 +118,13 @@ class Models:
         Raises:
             UserError: the method is malformed or names a member that this run does not have.
         """
-        drafter: Drafter | None = build(method, self.members(dtype))
+        drafter: Drafter | None = build(method, self.members(dtype), self.allow_code)
         return Decoder(self.engines(dtype)[0], drafter, sampling, self.ends, seed, self.stop_strings)
 
     def canonical(self, method: str) -> str:
         """A method as reports write it. Raises as `decoder`."""
-        build(method, self.members())
-        return str(parse_method(method))
+        build(method, self.members(), self.allow_code)
+        return str(resolved(parse_method(method), self.allow_code))
 
     def describe(self, run: RunFolder, accepted_new_target: bool) -> Pair:
         """The pair's part of a report."""
@@ -142,9 +144,12 @@ def load_models(parsed: Parsed) -> Models:
     """Load the pair of a recipe and check that the parts belong together.
 
     Raises:
-        UserError: something is missing or damaged, tokenizers differ, or drafter or head were made for another target.
+        UserError: something is missing or damaged, tokenizers differ, drafter or head were made for another target,
+            or evaluate.methods has one that is malformed or names a class from outside that is not allowed.
     """
     recipe, run = parsed.recipe, RunFolder(parsed.run)
+    for method in recipe.evaluate.methods or []:  # whatever is wrong with them costs no loading
+        resolved(parse_method(method), parsed.allow_code)
     dtype = speed_dtype(recipe)
     path = drafter_path(recipe, run)
     target = load_target(dataclasses.replace(recipe.target, dtype=dtype))
@@ -156,7 +161,7 @@ def load_models(parsed: Parsed) -> Models:
     heads = {name: AcceptanceHead.load(run.path / name, **checks) for name in head_names(run)}
     ends = end_tokens(target.tokenizer, getattr(target.model, "generation_config", None))
     stops = StopStrings(target.tokenizer, recipe.responses.stop) if recipe.responses.stop else None
-    return Models(target, drafter, heads, ends, dtype, stops, recipe.evaluate.compile)
+    return Models(target, drafter, heads, ends, dtype, stops, recipe.evaluate.compile, parsed.allow_code)
 
 
 def head_names(run: RunFolder) -> list[str]:

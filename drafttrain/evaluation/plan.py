@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from drafttrain.config import EvaluateConfig, Parsed
-from drafttrain.decoding.expression import parse_method
+from drafttrain.decoding.expression import parse_method, resolved
 from drafttrain.errors import UserError
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.load_study import group_of, request_count, sizes_of
@@ -52,13 +52,14 @@ def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
     """Path of the drafter, when it fits the target and the methods name nothing that is missing.
 
     Raises:
-        UserError: there is no drafter, it has another tokenizer, or a method is malformed or names a stranger.
+        UserError: there is no drafter, it has another tokenizer, or a method is malformed or names a stranger,
+            or a class from outside that is not allowed or not to be had.
     """
     recipe, run = parsed.recipe, RunFolder(parsed.run)
     path = drafter_path(recipe, run)
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
     check_same_tokenizer(target, load_tokenizer(path, None, recipe.target.trust_remote_code), path)
-    _check_methods(methods, {"drafter", *head_names(run)})
+    _check_methods(methods, {"drafter", *head_names(run)}, parsed.allow_code)
     return path
 
 
@@ -71,9 +72,9 @@ def _context(recipe: Any, path: str) -> int:
     return min(getattr(config.get_text_config(), "max_position_embeddings", _NO_LIMIT) for config in configs)
 
 
-def _check_methods(methods: Sequence[str], members: set[str]) -> None:
+def _check_methods(methods: Sequence[str], members: set[str], allow_code: bool) -> None:
     for method in methods:
-        missing = sorted(parse_method(method).members - members)
+        missing = sorted(resolved(parse_method(method), allow_code).members - members)
         if missing:
             raise UserError(
                 f"{method} names {missing[0]}, which this run does not have; train it first or leave it out."
