@@ -305,6 +305,8 @@ class Evaluation:
         own, base = measured.samples[method], measured.samples[AUTOREGRESSIVE]
         overall, tasks = figures.by_task(own, base, self.config.bootstrap, self.seed)
         costs = measured.costs.get(family_of(method), measured.costs["fixed"]) if kind != "autoregressive" else None
+        if costs and not overall.draft_forwards.keys() <= costs.c.keys():
+            costs = None  # a member that the few instrumented runs had no need of
         timings = measured.timings[method]
         point = next((p for p in measured.points if p.method == method), None)
         return MethodResult(

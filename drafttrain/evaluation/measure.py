@@ -7,19 +7,26 @@ however short it is belongs to the round, to o.
 Shared machines are noisy, and in two ways. Load comes and goes: every round is timed in units of the autoregressive
 steps that were run beside it, on the same question. Single rounds wait for somebody else: medians are taken, not means.
 And what cannot differ between methods is taken from all of them: v, and o; a stopping rule can only add to c.
+
+A drafter from outside has c and o of its own: only it knows what it does beside the forwards that it counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 
 from drafttrain.evaluation.runner import Round, Timings
 from drafttrain.evaluation.schema import Breakdown, Costs
 
 FIXED = "fixed"
 """The family without a stopping rule, from which the price of a draft step itself is taken."""
+
+OUTSIDE = "other"
+"""What the names of families with a class from outside begin with."""
 
 
 def costs_by_family(families: Mapping[str, Timings], baseline: Timings, widths: int) -> dict[str, Costs]:
@@ -33,13 +40,17 @@ def costs_by_family(families: Mapping[str, Timings], baseline: Timings, widths: 
     drafting = [each for timings in families.values() for each in timings.rounds if each.steps]
     verify = verify_costs([*drafting, *baseline.rounds], widths)
     begin, step = draft_line([each for each in families[FIXED].rounds if each.steps])
-    o = begin + _median(each.loop / each.unit for each in drafting)
+    loop = _median(each.loop / each.unit for each in drafting)
     unit = _median(each.total for each in baseline.rounds)
     found = {}
     for family, timings in families.items():
         own = [each for each in timings.rounds if each.steps]
-        c = max(step, _step_cost(own, begin)) if own and family != FIXED else step
-        found[family] = Costs(unit, dict.fromkeys(timings.counts.draft_forwards, c), verify, o)
+        own_begin, c = begin, step
+        if family.startswith(OUTSIDE):
+            own_begin, c = outside_line(timings.rounds)
+        elif own and family != FIXED:
+            c = max(step, _step_cost(own, begin))
+        found[family] = Costs(unit, dict.fromkeys(timings.counts.draft_forwards, c), verify, own_begin + loop)
     return found
 
 
@@ -55,6 +66,15 @@ def draft_line(rounds: Sequence[Round]) -> tuple[float, float]:
         if step > 0 and begin > 0:
             return float(begin), float(step)
     return 0.0, _median(median / count for median, count in zip(medians, steps, strict=True))
+
+
+def outside_line(rounds: Sequence[Round]) -> tuple[float, float]:
+    """The same of a drafter from outside, over the forwards that it counts; where it counts none, all is the begin."""
+    asked = [each for each in rounds if each.draft]
+    forwards = [sum(int(torch.as_tensor(count).max()) for count in each.forwards.values()) for each in asked]
+    if any(forwards):
+        return draft_line([replace(each, steps=count) for each, count in zip(asked, forwards, strict=True) if count])
+    return _median(each.draft / each.unit for each in asked), 0.0
 
 
 def _step_cost(rounds: Sequence[Round], begin: float) -> float:

@@ -21,8 +21,10 @@ def head_of(method: str) -> str | None:
     """Name of the acceptance head that a method asks; None if it asks none, as `ORACLE` and `KNOWN`, no methods, do."""
     if method in (ORACLE, KNOWN):
         return None
-    stop = dict(parse_method(method).arguments).get("stop")
-    return next((value.name for _, value in stop.arguments if isinstance(value, Member)), None) if stop else None
+    stop = _stop(parse_method(method))
+    if stop is None or stop.name != "AcceptanceHead":
+        return None
+    return next((value.name for _, value in stop.arguments if isinstance(value, Member)), None)
 
 
 def kind_of(method: str) -> Kind:
@@ -30,37 +32,52 @@ def kind_of(method: str) -> Kind:
     expression = parse_method(method)
     if expression.name == "Autoregressive":
         return "autoregressive"
-    arguments = dict(expression.arguments)
     if expression.name != "Model":
         return "other"
-    if "stop" not in arguments:
+    stop = _stop(expression)
+    if stop is None:
         return "fixed"
     kinds: dict[str, Kind] = {"AcceptanceHead": "head", "Confidence": "confidence", "Entropy": "entropy"}
-    return kinds.get(arguments["stop"].name, "other")
+    return kinds.get(stop.name, "other")
 
 
 def family_of(method: str) -> str:
-    """What methods share their costs with: their kind, and for an acceptance head its name."""
+    """What methods share their costs with: their kind, with the name of a head or of a class from outside."""
+    kind = kind_of(method)
+    if kind == "other":
+        expression = parse_method(method)
+        return f"{kind} {(_stop(expression) or expression).name}"
     name = head_of(method)
-    return f"{kind_of(method)} {name}" if name else kind_of(method)
+    return f"{kind} {name}" if name else kind
 
 
 def parameter_of(method: str) -> float | None:
-    """The number that a sweep would vary: the length, or the stopping rule's threshold."""
-    arguments = dict(parse_method(method).arguments)
-    if "stop" in arguments:
-        numbers = [value for _, value in arguments["stop"].arguments if isinstance(value, int | float)]
-        return float(numbers[0]) if numbers else None
-    return float(arguments["length"]) if "length" in arguments else None
+    """The number that a sweep would vary: the length, or the stopping rule's threshold; None from outside."""
+    expression = parse_method(method)
+    if expression.name != "Model":
+        return None
+    stop = _stop(expression)
+    if stop is not None:
+        numbers = [value for _, value in stop.arguments if isinstance(value, int | float)]
+        return float(numbers[0]) if numbers and not stop.outside else None
+    return float(dict(expression.arguments)["length"])
 
 
 def longest_of(method: str) -> int:
     """Most tokens that a method drafts in a round; 0 where that is none of its numbers."""
-    arguments = dict(parse_method(method).arguments)
-    limits, stop = [arguments.get("length")], arguments.get("stop")
-    if isinstance(stop, Expression):
+    expression = parse_method(method)
+    if expression.name != "Model":
+        return 0
+    limits, stop = [dict(expression.arguments).get("length")], _stop(expression)
+    if stop is not None and not stop.outside:
         limits.append(dict(stop.arguments).get("max", USUAL))
     return min((limit for limit in limits if isinstance(limit, int)), default=0)
+
+
+def _stop(expression: Expression) -> Expression | None:
+    """The stopping rule of a `Model`."""
+    stop = dict(expression.arguments).get("stop") if expression.name == "Model" else None
+    return stop if isinstance(stop, Expression) else None
 
 
 def check_length(method: str) -> None:

@@ -208,7 +208,7 @@ def _length_panel(axis: Axes, report: Report, sampling: str) -> None:
             capsize=3,
             label="fixed length, measured",
         )
-    for kind in ("head", "confidence", "entropy"):
+    for kind in ("head", "confidence", "entropy", "other"):
         _measured_line(axis, report.of(sampling, kind), kind, base)
     for point in report.sweep:
         if point.sampling == sampling and point.kind in ("oracle", "known"):
@@ -221,13 +221,13 @@ def _length_panel(axis: Axes, report: Report, sampling: str) -> None:
 
 
 def _measured_line(axis: Axes, rows: Sequence[MethodResult], kind: str, base: float) -> None:
-    """The best measured row of an adaptive kind: a line, and its interval as a band."""
+    """The best measured row of a kind that has no K: a line, and its interval as a band."""
     rows = [row for row in rows if row.overall.speedup is not None]
     if not rows:
         return
     interval = max((row.overall.speedup for row in rows), key=lambda i: i.value)
     axis.axhspan(base * interval.low, base * interval.high, color=COLORS[kind], alpha=0.10, lw=0)
-    style = {"head": "-", "confidence": "-.", "entropy": (0, (3, 1, 1, 1, 1, 1))}[kind]
+    style = {"head": "-", "confidence": "-.", "entropy": (0, (3, 1, 1, 1, 1, 1)), "other": (0, (7, 2))}[kind]
     axis.axhline(base * interval.value, color=COLORS[kind], ls=style, lw=1.8, label=f"{NAMES[kind]}, measured")
 
 

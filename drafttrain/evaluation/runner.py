@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from drafttrain.decoding.counts import Completion, Counts
 from drafttrain.decoding.draft import Draft
@@ -110,6 +111,8 @@ class Round:
     """seconds of an autoregressive step at about the same time, on the same question"""
     rows: int = 0
     """sequences that the target read"""
+    forwards: dict[str, Tensor | int] = field(default_factory=dict)
+    """of the drafter, as the draft counts them"""
 
     @property
     def loop(self) -> float:
@@ -226,7 +229,7 @@ class _Watch:
             self._drafting = True
             draft = propose(*args, **kwargs)
             self._drafting = False
-            self._rounds.append(Round(start, draft=self._now() - start, steps=draft.width))
+            self._rounds.append(Round(start, draft=self._now() - start, steps=draft.width, forwards=draft.forwards))
             return draft
 
         return timed

@@ -59,7 +59,8 @@ def decide(
     """The verdict over all methods and decoding settings.
 
     A setting is judged by the method that replay chose, not by the fastest one: the best of several on the prompts that
-    the interval is of would have luck in it.
+    the interval is of would have luck in it. A method from outside, which replay knows nothing of, takes its place
+    where its interval lies above the other's value.
 
     Args:
         rows: methods of the report, the baseline among them, in the order of their settings.
@@ -76,8 +77,8 @@ def decide(
     first = settings[0]
     prompts = {row.sampling: row.overall.prompts for row in rows if row.method == first.method}
     details = [_also(setting, least) for setting in settings[1:]]
-    found = (_adaptive(rows, first), _gap(sweep, first), _limit(first), _under_load(load, first))
-    details += [line for line in found if line]
+    lines = (_adaptive(rows, first), _outside(rows, first), _gap(sweep, first), _limit(first), _under_load(load, first))
+    details += [line for line in lines if line]
     return Verdict(
         first.decision,
         _headline(first, prompts.get(first.sampling, 0), least),
@@ -92,6 +93,8 @@ def _setting(name: str, rows: Sequence[MethodResult], least: float) -> SettingVe
     if not measured:
         return SettingVerdict(name, "not proven")
     best = max(measured, key=lambda row: (_replayed(row), row.overall.speedup.value))
+    ahead = [row for row in measured if row.kind == "other" and row.overall.speedup.low > best.overall.speedup.value]
+    best = max(ahead, key=lambda row: row.overall.speedup.value, default=best)
     verdict = SettingVerdict(name, _decision(best.overall, least), best.method, best.overall.speedup)
     if best.costs is not None:
         verdict.predicted = predict(best.overall, best.costs)
@@ -165,6 +168,16 @@ def _adaptive(rows: Sequence[MethodResult], first: SettingVerdict) -> str | None
         ratio = max(heads, key=_replayed).versus["confidence"]
         line += f"; the head is {_change(ratio)} against the best confidence threshold"
     return f"{line}."
+
+
+def _outside(rows: Sequence[MethodResult], first: SettingVerdict) -> str | None:
+    """The fastest method from outside in the first setting, unless it is the chosen one; replay cannot choose it."""
+    here = [row for row in rows if row.sampling == first.sampling and row.kind == "other"]
+    measured = [row for row in here if row.overall.speedup is not None and row.method != first.method]
+    if not measured:
+        return None
+    best = max(measured, key=lambda row: row.overall.speedup.value)
+    return f"Replay cannot judge `{best.method}`: measured, it is {best.overall.speedup:.2f} times as fast."
 
 
 def _replayed(row: MethodResult) -> float:

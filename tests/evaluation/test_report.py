@@ -121,6 +121,13 @@ def test_heads_of_other_names_are_curves_of_their_own():
         assert plots._family(dataclasses.replace(made.sweep[0], method=method, kind="head")) == family
 
 
+def test_a_method_from_outside_is_a_line_of_its_own_beside_the_lengths():
+    made, _ = synthetic.report(samplings=("greedy",))
+    made.methods[-1].kind = "other"
+    [axis] = plots.length(made).axes
+    assert "other, measured" in axis.get_legend_handles_labels()[1]
+
+
 def test_plots_without_data_are_left_out_and_old_ones_removed(tmp_path):
     made, _ = synthetic.report(samplings=("greedy",), sweep=[], tau_history=[], head=None, load=[])
     (tmp_path / "plots").mkdir()

@@ -1,6 +1,9 @@
 """Runs are interleaved and paired; instrumented runs account for every round and leave the decoder as it was."""
 
+import dataclasses
+
 import pytest
+import torch
 
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
@@ -70,6 +73,7 @@ def test_an_instrumented_run_accounts_for_every_round(engines, method, batch):
     if batch == 1:
         assert len(timings.rounds) == counts.rounds == counts.target_forwards
         assert sum(each.steps for each in timings.rounds) == sum(counts.draft_forwards.values())
+        assert sum(sum(each.forwards.values()) for each in timings.rounds) == sum(counts.draft_forwards.values())
         assert sum(each.width - 1 for each in timings.rounds) == counts.drafted
     assert all(each.width >= 1 and each.verify > 0 for each in timings.rounds)
     assert timings.rounds[0].rows == batch and all(1 <= each.rows <= batch for each in timings.rounds)
@@ -147,6 +151,29 @@ def test_the_cost_of_a_rule_is_that_of_most_steps_not_of_most_rounds():
     short, long = rounds(2, 1.0, draft=0.5, steps=1, count=6), rounds(9, 1.0, draft=2.4, steps=8, count=2)
     found = costs_by_family({"fixed": fixed, "head head": timings(short, long)}, timings(rounds(1, 1.0)), 9)
     assert found["head head"].c == {"drafter": pytest.approx(0.3)}
+
+
+def outside(*parts):
+    """Rounds of a drafter from outside, each with the forwards that it counts."""
+    counted = [dataclasses.replace(each, forwards=forwards) for forwards, part in parts for each in part]
+    made = timings(counted)
+    made.counts.draft_forwards = dict.fromkeys((name for each in counted for name in each.forwards), 1)
+    return made
+
+
+def test_a_drafter_from_outside_pays_its_own_price():
+    """By the forwards that it counts, several members' and those of the longest row; else by the round."""
+    fixed = timings(rounds(3, 1.0, draft=0.4, steps=2))
+    members = outside(
+        ({"a": 1, "b": torch.tensor([0, 1])}, rounds(6, 1.0, draft=0.1 + 0.3 * 2, loop=0.05, steps=5)),
+        ({"a": 4, "b": 0}, rounds(6, 1.0, draft=0.1 + 0.3 * 4, loop=0.05, steps=5)),
+    )
+    free = outside(({}, rounds(6, 1.0, draft=0.02, loop=0.05, steps=5)), ({}, rounds(1, 1.0, draft=0.02)))
+    found = costs_by_family({"fixed": fixed, "other x.A": members, "other x.B": free}, timings(rounds(1, 1.0)), 6)
+    assert found["other x.A"].c == {"a": pytest.approx(0.3), "b": pytest.approx(0.3)}
+    assert found["other x.B"].c == {}
+    assert found["other x.A"].o - found["fixed"].o == pytest.approx(0.1)
+    assert found["other x.B"].o - found["fixed"].o == pytest.approx(0.02)
 
 
 def test_a_round_that_waited_for_somebody_else_does_not_count():

@@ -51,6 +51,9 @@ def test_every_length_and_threshold_is_swept_once_in_canonical_form():
         ("Model(drafter, stop=Entropy(1.5))", "entropy", 1.5, "entropy"),
         (HEAD, "head", 0.7, "head head"),
         (AUTOREGRESSIVE, "autoregressive", None, "autoregressive"),
+        ("their.code.Mine(drafter, 3, length=4)", "other", None, "other their.code.Mine"),
+        ("their.code.Mine(drafter, stop=AcceptanceHead(head, 0.7))", "other", None, "other their.code.Mine"),
+        ("Model(drafter, stop=their.Rule(0.5, head))", "other", None, "other their.Rule"),
     ],
 )
 def test_methods_are_told_apart_by_their_expressions(method, kind, parameter, family):
@@ -207,6 +210,9 @@ def test_a_heads_own_setting_is_swept_once():
         ("Model(drafter, length=9, stop=Confidence(0.4))", 9),
         ("Model(drafter, stop=Entropy(1.5, max=20))", 20),
         (AUTOREGRESSIVE, 0),
+        ("their.code.Mine(drafter, length=300)", 0),
+        ("Model(drafter, stop=their.Rule(0.5, max=300))", 0),
+        ("Model(drafter, length=7, stop=their.Rule(0.5))", 7),
     ],
 )
 def test_the_longest_draft_is_read_off_a_method(method, longest):

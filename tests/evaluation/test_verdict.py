@@ -135,6 +135,22 @@ def test_the_adaptive_rule_that_replay_chose_is_judged_not_the_luckiest():
     assert "+4 % [+2, +6] over the best fixed" in line and "+1 % [-3, +5] against the best confidence" in line
 
 
+def test_a_method_from_outside_is_named_and_takes_over_where_its_interval_lies_above():
+    report, _ = synthetic.report(samplings=("greedy",))
+    own = report.methods[-1]
+    own.method, own.kind, own.replayed_speedup = "their.code.Mine(k=3)", "other", None
+    chosen = max((row for row in report.of("greedy") if row is not own), key=lambda row: row.replayed_speedup)
+    value = chosen.overall.speedup.value
+    own.overall.speedup = Interval(2.5, value - 0.1, 2.6)
+    verdict = decide(report.methods, [], [], 1.05)
+    assert chosen.method in verdict.headline
+    line = f"Replay cannot judge `their.code.Mine(k=3)`: measured, it is 2.50 [{value - 0.1:.2f}, 2.60] times as fast."
+    assert line in verdict.details
+    own.overall.speedup = Interval(2.5, value + 0.1, 2.6)
+    verdict = decide(report.methods, [], [], 1.05)
+    assert "their.code.Mine(k=3)" in verdict.headline and not any("Replay cannot" in each for each in verdict.details)
+
+
 def test_the_verdict_is_on_the_method_that_replay_chose_or_without_replay_on_the_fastest():
     report, _ = synthetic.report(samplings=("greedy",))
     chosen, lucky = report.of("greedy")[:2]
