@@ -269,6 +269,78 @@ def test_the_plan_of_a_proof_runs_nothing_and_fails_on_what_would_fail(files, tm
     assert not (tmp_path / "proof").exists()
 
 
+# ---- methods from outside ----
+
+THEIRS = """
+from drafttrain.decoding.drafters import ModelDrafter
+from drafttrain.decoding.stopping import Confidence
+
+class Mine(ModelDrafter):
+    def __init__(self, drafter, k=3):
+        super().__init__(drafter, k, name="mine")
+
+class Rule(Confidence):
+    pass
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """The current folder has a module of the person's own."""
+    (tmp_path / "their_drafter.py").write_text(THEIRS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield
+    sys.modules.pop("their_drafter", None)
+
+
+OUTSIDE = (
+    "their_drafter.Mine(drafter, k=2)",
+    "Model(drafter, stop=their_drafter.Rule(0.5))",
+    "examples.my_drafter.MyDrafter(n=1)",
+    "Model(drafter, length=2)",
+)
+
+
+def test_methods_from_outside_are_measured_like_others(files, theirs, tmp_path, capsys):
+    methods = ("--evaluate.methods", json.dumps([*OUTSIDE[1:], "their_drafter.Mine( drafter,2 )"]))
+    refusal = refused(capsys, "evaluate", *flags(files, tmp_path / "no", *methods))
+    assert "their_drafter.Rule in the method" in refusal and "--allow-code" in refusal
+    assert "their_drafter" not in sys.modules
+    main(["evaluate", *flags(files, tmp_path / "run", *BOTH, *methods, "--allow-code")])
+    report = read_report(tmp_path / "run")
+    for setting in ("greedy", "temperature 1"):
+        rows = {row.method: row for row in report.methods if row.sampling == setting}
+        assert set(rows) == {AUTOREGRESSIVE, *OUTSIDE}
+        assert [rows[method].kind for method in OUTSIDE] == ["other", "other", "other", "fixed"]
+        assert all(check.passed for row in rows.values() for check in row.lossless)
+        members = [list(rows[method].costs.c) for method in OUTSIDE]
+        assert members == [["mine"], ["drafter"], [], ["drafter"]]
+        assert all(rows[method].predicted_speedup and rows[method].breakdown for method in OUTSIDE)
+        assert [rows[method].replayed_speedup is None for method in OUTSIDE] == [True, True, True, False]
+    assert {"speedup", "length", "breakdown"} <= set(report.plots)
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert all(method in page for method in OUTSIDE)
+    main(["compare", str(tmp_path / "run"), str(tmp_path / "run")])
+
+
+def test_the_plan_checks_methods_from_outside(files, theirs, tmp_path, capsys):
+    planned = [*flags(files, tmp_path / "run"), "--plan", "--evaluate.methods"]
+    assert "--allow-code" in refused(capsys, "evaluate", *planned, json.dumps(OUTSIDE))
+    main(["evaluate", *planned, json.dumps(OUTSIDE), "--allow-code"])
+    wrong = '["their_drafter.Mine(drafter, length=2)"]'
+    assert "no parameter length" in refused(capsys, "evaluate", *planned, wrong, "--allow-code")
+
+
+def test_methods_from_outside_are_proven_like_others(files, theirs, tmp_path):
+    pair = ("--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"))
+    words = ["lossless", *pair, "--evaluate.samplings", '[{"temperature": 1}]', "--run", str(tmp_path / "proof")]
+    main([*words, "--allow-code", "--method", OUTSIDE[0], "--method", OUTSIDE[2]])
+    proof = json.loads((tmp_path / "proof" / "lossless.json").read_text())
+    assert proof["passed"] and [each["method"] for each in proof["proofs"]] == [OUTSIDE[0], OUTSIDE[2]]
+    assert all(each["tokens"] and each["distributions"] for each in proof["proofs"])
+
+
 @pytest.mark.slow
 def test_the_command_is_installed_under_its_name(files, tmp_path):
     command = [sys.executable, "-m", "drafttrain.cli", "evaluate", *flags(files, tmp_path / "run", "--plan")]
