@@ -10,19 +10,27 @@ import pytest
 from benchmarks.distillation import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "common")
+SHARED = ("common", "pair")
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 FIGURES = {
     "adaptive_length": (
         *("gain_over_best_fixed", "gain_over_confidence", "oracle_gap_closed", "worst_task"),
         *("speedup_best_fixed", "speedup_head", "speedup_published", "speedup_oracle"),
     ),
+    "batching": ("throughput_ratio", "identical_fraction"),
     "distillation": tuple(f"tau_{loss}" for loss in LOSSES),
     "distillation_memory": ("peak_memory_ratio", "time_ratio"),
+    "identity": ("identical_fraction_float64", "divergences_float32", "unexplained_float32", "memory_growth_mib"),
     "reference_target": ("code_loss_512",),
     "replay": ("policies_per_second",),
     "speculation": ("speedup_revise", "speedup_code"),
+    "verify_attention": ("speedup",),
+    "vs_transformers": (
+        *("autoregressive_ratio", "assisted_ratio_fp32", "assisted_ratio_bf16", "overhead_ratio"),
+        "identical_fraction",
+    ),
 }
-WITHOUT_SPREAD = ("reference_target",)
+WITHOUT_SPREAD = ("identity", "reference_target")
 """What it measures is no draw."""
 
 

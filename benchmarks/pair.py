@@ -1,0 +1,70 @@
+"""The reference pair and held-out questions of the reference world: what the benchmarks of the decoder run on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data_prep.prompts import SPLITS, prompts_of
+from drafttrain.config import PromptsConfig, TargetConfig
+from drafttrain.dialogue import end_tokens
+from drafttrain.evaluation.pair import Models
+from drafttrain.evaluation.questions import Limits, Question, choose, questions_of
+from drafttrain.evaluation.runner import answer
+from drafttrain.evaluation.schema import AUTOREGRESSIVE
+from drafttrain.models.loading import load_drafter, load_target
+from drafttrain.ops.sampling import Sampling
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+
+METHOD = "Model(drafter, length=5)"
+GREEDY = Sampling(0.0)
+
+SPARE = 3
+"""Prompts made for every one that is asked: a share stays with the training split, near-duplicates go."""
+
+_BATCH = 16
+
+
+def reference_models() -> Models:
+    """The committed pair as it is stored, in bfloat16; its engines come in any dtype."""
+    target = load_target(TargetConfig(path=str(CHECKPOINTS / "reference-target"), dtype="bfloat16"))
+    drafter = load_drafter(str(CHECKPOINTS / "reference-drafter"), "bfloat16")
+    ends = end_tokens(target.tokenizer, target.model.generation_config)
+    return Models(target, drafter, {}, ends, "bfloat16")
+
+
+def held_out_questions(
+    models: Models,
+    mixture: Mapping[str, int],
+    limit: int,
+    lengths: Mapping[str, int],
+    files: Sequence[tuple[Path, int]] = (),
+) -> list[Question]:
+    """Turns of conversations that nothing was trained on, in mixed order.
+
+    Args:
+        models: later turns are asked behind the target's own answers.
+        mixture: conversations of each task of the reference world.
+        limit: most new tokens of an answer.
+        lengths: tokens of a conversation of each task.
+        files: prompt files of outside make, and how many prompts of each are taken.
+    """
+    asked = {task: SPARE * count for task, count in mixture.items()}
+    sizes = {task: lengths[task] for task in mixture}
+    world = PromptsConfig(mixture=asked, lengths=sizes, held_out=0.45, near_duplicate=1.0)
+    records = [record for record in _records(world, models) if record["split"] != "train"]
+    chosen = []
+    for task, count in mixture.items():
+        chosen += choose([record for record in records if record["task"] == task], SPLITS, count)
+    for path, count in files:
+        chosen += _records(PromptsConfig(path=str(path), near_duplicate=1.0), models)[:count]
+    random.Random(0).shuffle(chosen)
+    decoder = models.decoder(AUTOREGRESSIVE, GREEDY, 0)
+    limits = Limits(limit, models.context, _BATCH)
+    return questions_of(chosen, models.tokenizer, limits, lambda turns: answer(decoder, turns))
+
+
+def _records(settings: PromptsConfig, models: Models) -> list[dict]:
+    return prompts_of(settings, models.tokenizer, models.context).records
