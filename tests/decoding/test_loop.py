@@ -15,6 +15,7 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.loop import Conversation, Decoder, surviving_order
 from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, FixedLength
 from drafttrain.errors import UserError
+from drafttrain.ops.random import Draws
 from drafttrain.ops.sampling import Sampling
 from tests.conftest import build_llama
 from tests.decoding.support import WatchedDrafter, greedy_reference, pair
@@ -227,6 +228,26 @@ def test_sampled_text_does_not_depend_on_the_batch(engines, sampling, drafts):
 def test_other_seeds_give_other_text(engines):
     one, two = (Decoder(engines[0], None, Sampling(), seed=seed).generate([[1, 2]], 30) for seed in (0, 1))
     assert texts(one) != texts(two)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@pytest.mark.parametrize("name", ["fixed", "confidence"])
+def test_a_vanishing_temperature_is_greedy_everywhere_at_once(engines, monkeypatch, name, penalty):
+    """Target, drafter and verification switch together: nothing is drawn, no q is declared, the text is the argmax."""
+
+    def drawn(*_):
+        raise AssertionError("a draw in greedy decoding")
+
+    drafts = []
+    own = ModelDrafter.propose
+    monkeypatch.setattr(ModelDrafter, "propose", lambda self, *given: drafts.append(own(self, *given)) or drafts[-1])
+    monkeypatch.setattr(Draws, "at", drawn)
+    plain = Decoder(engines[0], None, Sampling(0.0, repetition_penalty=penalty)).generate(PROMPTS, 16)
+    for temperature in (1e-5, 1e-9):
+        sampling = Sampling(temperature, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=penalty)
+        for drafter in (None, ModelDrafter(engines[1], stop=rules()[name])):
+            assert texts(Decoder(engines[0], drafter, sampling).generate(PROMPTS, 16)) == texts(plain)
+    assert drafts and all(draft.probs_BKV is None for draft in drafts)
 
 
 def test_a_penalty_sees_the_drafted_prefix(models, engines):

@@ -138,6 +138,15 @@ def test_a_residual_without_mass_falls_back_to_the_target():
     assert verdict.emitted[0, 0] == 0
 
 
+def test_filters_that_leave_target_and_drafter_nothing_in_common_reject_every_draft():
+    """p = 0 wherever q > 0, after top-k or top-p in both: what is emitted is the target's alone."""
+    p = torch.tensor([[0.7, 0.3, 0.0, 0.0, 0.0]]).double().expand(3, -1)
+    q = torch.tensor([[0.0, 0.0, 0.2, 0.3, 0.5]]).double().expand(2, -1)
+    verdict = verified(drafted(q), p)
+    assert torch.all(verdict.accepted_B == 0)
+    assert p_value(torch.bincount(verdict.emitted[:, 0], minlength=V), p[0]) > FALSE_ALARM
+
+
 @pytest.mark.parametrize(("p_token", "accepted"), [(0.3, 1), (0.0, 0)])
 def test_a_token_that_its_own_q_excludes_is_judged_without_a_division(p_token, accepted):
     p = torch.tensor([[[p_token, 1 - p_token], [0.5, 0.5]]])
