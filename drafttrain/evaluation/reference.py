@@ -1,16 +1,17 @@
 """An independent reference for sampled decoding: exact probabilities of what the target alone would emit.
 
-Nothing of the decoder is used here: the library's own forward without a cache, and another implementation of
-temperature, top-k, top-p and min-p, in NumPy and float64. The outcome of a few tokens behind a prompt is a leaf of a
-tree: at every node the likeliest tokens are children, and all others share a few bins, which are leaves. So the
-probabilities of the leaves sum to one whatever the vocabulary, and nothing is left out of the test. Bins are made by p,
-where a wrong temperature shows, and within by p / q: a wrong decoder emits too much of what the drafter over-rates.
+Nothing of the decoder is used here: the library's own forward without a cache, and another implementation of the
+repetition penalty, temperature, top-k, top-p and min-p, in NumPy and float64. The outcome of a few tokens behind a
+prompt is a leaf of a tree: at every node the likeliest tokens are children, and all others share a few bins, which are
+leaves. So the probabilities of the leaves sum to one whatever the vocabulary, and nothing is left out of the test. Bins
+are made by p, where a wrong temperature shows, and within by p / q: a wrong decoder emits too much of what the drafter
+over-rates.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from drafttrain.ops.sampling import Sampling
 
 BINS = (4, 4)
 """Bins of a node by p, and within each by p / q; all about equally likely."""
+
+_LOGITS = 1 << 24  # that exist at one time
 
 IMPOSSIBLE = -1
 """Code of a token without probability: the leaf that it leads to is not in the tree."""
@@ -69,7 +72,7 @@ def tree(
     Args:
         model: the target in float64.
         prompt: token ids.
-        sampling: not greedy, without a penalty.
+        sampling: not greedy.
         eos_ids: tokens after which nothing follows.
         vocabulary: logits beyond it are padding.
         depth: tokens.
@@ -115,25 +118,55 @@ def _shares(p_V: np.ndarray, tokens: np.ndarray, parts: int) -> list[np.ndarray]
     return [tokens[part == number] for number in range(parts)]
 
 
-@torch.inference_mode()
+def next_token(model: Any, prompt: Sequence[int], sampling: Sampling, vocabulary: int) -> np.ndarray:
+    """The distribution [V] of the token behind a prompt."""
+    return _next(model, prompt, [()], sampling, vocabulary)[0]
+
+
 def _next(
-    model: Any, prompt: Sequence[int], paths: list[Leaf], sampling: Sampling, vocabulary: int, batch: int = 64
+    model: Any, prompt: Sequence[int], paths: list[Leaf], sampling: Sampling, vocabulary: int
 ) -> list[np.ndarray]:
     """Distribution [V] behind every path; all paths have one length."""
-    found: list[np.ndarray] = []
-    for start in range(0, len(paths), batch):
-        rows = [[*prompt, *path] for path in paths[start : start + batch]]
-        weight = model.get_input_embeddings().weight
-        tokens = torch.tensor(rows, device=weight.device).clamp(max=len(weight) - 1)
-        logits = model(input_ids=tokens, use_cache=False).logits[:, -1, :vocabulary].double().cpu().numpy()
-        missing = vocabulary - logits.shape[1]  # of a drafter: it never proposes these
-        found += [np.pad(distribution(row, sampling), (0, missing)) for row in logits]
-    return found
+    texts = [[*prompt, *path] for path in paths]
+    return [p_TV[0] for p_TV in after_prefixes(model, texts, len(texts[0]), sampling, vocabulary)]
 
 
-def distribution(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Temperature, then top-k (ties with the k-th stay), top-p and min-p, in float64."""
-    scaled_V = logits_V / sampling.temperature
+@torch.inference_mode()
+def after_prefixes(
+    model: Any, texts: Sequence[Sequence[int]], shortest: int, sampling: Sampling, vocabulary: int
+) -> Iterator[np.ndarray]:
+    """The distribution behind every prefix of each text: [T, V] for its first `shortest`, `shortest` + 1, ... tokens.
+
+    Args:
+        model: in float64.
+        texts: token ids, each at least `shortest` long; causal models do not see the padding of shorter ones.
+        shortest: tokens of the shortest prefix.
+        sampling: not greedy.
+        vocabulary: logits beyond it are padding; a model with fewer never proposes the others.
+    """
+    weight = model.get_input_embeddings().weight
+    longest = max(map(len, texts))
+    batch = max(1, _LOGITS // (vocabulary * longest))
+    for start in range(0, len(texts), batch):
+        part = texts[start : start + batch]
+        tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in part], device=weight.device)
+        output = model(input_ids=tokens.clamp(max=len(weight) - 1), use_cache=False)
+        logits_BTV = output.logits[:, shortest - 1 :, :vocabulary].double().cpu().numpy()
+        for text, logits_TV in zip(part, logits_BTV, strict=True):
+            places = range(len(text) - shortest + 1)
+            p_TV = np.zeros((len(places), vocabulary))
+            for place in places:
+                p_TV[place, : logits_TV.shape[1]] = distribution(logits_TV[place], sampling, text[: shortest + place])
+            yield p_TV
+
+
+def distribution(logits_V: np.ndarray, sampling: Sampling, text: Iterable[int] = ()) -> np.ndarray:
+    """Penalty for the tokens of the text, temperature, top-k and top-p (ties with the last stay), min-p; in float64."""
+    scaled_V = logits_V.copy()
+    for token in {token for token in text if token < len(scaled_V)}:
+        penalty = sampling.repetition_penalty
+        scaled_V[token] *= 1 / penalty if scaled_V[token] > 0 else penalty
+    scaled_V /= sampling.temperature
     keep_V = np.ones(len(scaled_V), dtype=bool)
     if 0 < sampling.top_k < len(scaled_V):
         keep_V &= scaled_V >= np.sort(scaled_V)[-sampling.top_k]
@@ -141,7 +174,7 @@ def distribution(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
         p_V = _softmax(scaled_V, keep_V)
         order = np.argsort(-p_V, kind="stable")
         before = np.cumsum(p_V[order]) - p_V[order]
-        keep_V[order[before >= sampling.top_p]] = False
+        keep_V &= p_V >= p_V[order[before < sampling.top_p]].min()
     if sampling.min_p > 0:
         p_V = _softmax(scaled_V, keep_V)
         keep_V &= p_V >= sampling.min_p * p_V.max()

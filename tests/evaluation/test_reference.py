@@ -13,13 +13,21 @@ from drafttrain.ops.sampling import Sampling
 from tests.conftest import build_llama
 
 logits = st.lists(st.floats(-8, 8), min_size=4, max_size=12, unique=True).map(np.array)
-samplings = st.builds(Sampling, st.floats(0.3, 2), st.integers(0, 5), st.floats(0.3, 1), st.floats(0, 0.3))
+samplings = st.builds(
+    Sampling,
+    st.floats(0.3, 2),
+    st.integers(0, 5),
+    st.floats(0.3, 1),
+    st.floats(0, 0.3),
+    st.sampled_from([0.7, 1.0, 1.6]),
+)
 
 
-@given(logits, samplings)
-def test_two_implementations_of_sampling_agree(row, sampling):
-    ours = sampling.probabilities(torch.tensor(row, dtype=torch.float64)[None])[0].numpy()
-    reference = distribution(row, sampling)
+@given(logits, samplings, st.lists(st.integers(0, 13)))
+def test_two_implementations_of_sampling_agree(row, sampling, text):
+    seen = torch.tensor([[token in text for token in range(len(row))]])
+    ours = sampling.probabilities(torch.tensor(row, dtype=torch.float64)[None], seen)[0].numpy()
+    reference = distribution(row, sampling, text)
     assert reference.sum() == pytest.approx(1)
     # At the very edge of a nucleus either may keep a token: the sums differ in their last bits.
     if ((ours > 0) == (reference > 0)).all():
@@ -34,12 +42,24 @@ def test_truncation_by_hand():
     assert distribution(row, Sampling(0.5))[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025))
 
 
+def test_tokens_that_tie_with_the_last_of_a_nucleus_stay():
+    row = np.log([0.4, 0.2, 0.2, 0.2])
+    assert distribution(row, Sampling(1.0, top_p=0.5)) == pytest.approx([0.4, 0.2, 0.2, 0.2])
+
+
+def test_a_penalty_by_hand():
+    row = np.array([2.0, -1.0, 0.5, 0.0])
+    penalised = np.exp([1.0, -2.0, 0.5, 0.0])
+    found = distribution(row, Sampling(1.0, repetition_penalty=2.0), [0, 1, 1, 9])
+    assert found == pytest.approx(penalised / penalised.sum())
+
+
 @pytest.fixture(scope="module")
 def model():
     return build_llama(12, seed=3).double()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, top_k=5)])
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, top_k=5), Sampling(1.0, repetition_penalty=2.0)])
 def test_leaves_sum_to_one_and_agree_with_brute_force(model, sampling):
     found = tree(model, [0, 7, 3], sampling, frozenset({5}), 12, depth=2, wide=3)
     assert sum(found.leaves.values()) == pytest.approx(1, abs=1e-9)
@@ -56,7 +76,7 @@ def test_leaves_sum_to_one_and_agree_with_brute_force(model, sampling):
 def _probability(model, sampling, token, *before):
     with torch.no_grad():
         row = model(torch.tensor([[0, 7, 3, *before]])).logits[0, -1].numpy()
-    return distribution(row, sampling)[token]
+    return distribution(row, sampling, [0, 7, 3, *before])[token]
 
 
 def test_answers_fall_into_leaves_and_impossible_ones_into_none(model):
