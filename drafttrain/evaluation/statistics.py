@@ -106,7 +106,7 @@ def chi_square(observed: Counter, expected: dict[Hashable, float]) -> ChiSquare:
     if len(cells) < 2:
         return ChiSquare(0.0, 0, 1.0, total)
     statistic = sum((seen - mean) ** 2 / mean for mean, seen in cells)
-    return ChiSquare(statistic, len(cells) - 1, _chi_square_tail(statistic, len(cells) - 1), total)
+    return ChiSquare(statistic, len(cells) - 1, chi_square_tail(statistic, len(cells) - 1), total)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _merge(cells: list[tuple[float, int]]) -> list[tuple[float, int]]:
     return merged
 
 
-def _chi_square_tail(statistic: float, degrees: int) -> float:
+def chi_square_tail(statistic: float, degrees: int) -> float:
     """P(chi-square with `degrees` > statistic), by the regularised upper incomplete gamma function."""
     half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
