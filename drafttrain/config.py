@@ -120,6 +120,7 @@ def parse(
     argv: Sequence[str] | None = None,
     aliases: Mapping[str, str] | None = None,
     prog: str | None = None,
+    default_run: str | None = None,
 ) -> Parsed:
     """Read the command line of a program.
 
@@ -129,6 +130,7 @@ def parse(
         argv: arguments without the program's name; those of the process by default.
         aliases: short flags of this program, e.g. {"--to": "--export.to"}.
         prog: the program's name in its help.
+        default_run: the run folder where neither --run nor --config says one.
 
     Raises:
         UserError: unknown key, wrong type, missing or malformed recipe file.
@@ -147,7 +149,7 @@ def parse(
     recipe = build(Recipe, values)
     return Parsed(
         recipe=recipe,
-        run=_run_folder(own.run, config),
+        run=_run_folder(own.run, config, default_run),
         plan=own.plan,
         accept_new_target=own.accept_new_target,
         allow_code=own.allow_code,
@@ -194,11 +196,13 @@ def _map_paths(cls: type, values: dict[str, Any], change: typing.Callable[[str],
     return changed
 
 
-def _run_folder(run: Path | None, config: Path | None) -> Path:
+def _run_folder(run: Path | None, config: Path | None, default: str | None) -> Path:
     if run is not None:
         return run.expanduser()
     if config is not None:
         return Path("runs") / config.stem
+    if default is not None:
+        return Path(default)
     raise UserError("neither --run nor --config is given; say where the results go with --run DIR.")
 
 
