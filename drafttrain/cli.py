@@ -29,8 +29,9 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 
 def _lossless(argv: Sequence[str]) -> None:
-    aliases = {"--method": "--evaluate.methods+"}
-    parsed = _parse(_lossless_help, "lossless", (*_PAIR, "head", "evaluate"), argv, aliases)
+    aliases = {"--method": "--evaluate.methods+", "--answers": "--evaluate.answers"}
+    sections = (*_PAIR, "head", "evaluate")
+    parsed = _parse(_lossless_help, "lossless", sections, argv, aliases, default_run="runs/lossless")
     from drafttrain.evaluation.lossless import command
 
     command(parsed)
@@ -86,9 +87,14 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def _parse(
-    description: str, verb: str, sections: Sequence[str], argv: Sequence[str], aliases: dict[str, str] | None = None
+    description: str,
+    verb: str,
+    sections: Sequence[str],
+    argv: Sequence[str],
+    aliases: dict[str, str] | None = None,
+    default_run: str | None = None,
 ) -> Parsed:
-    return parse(description, sections, argv, aliases, prog=f"drafttrain {verb}")
+    return parse(description, sections, argv, aliases, f"drafttrain {verb}", default_run)
 
 
 def _usage() -> str:

@@ -281,6 +281,8 @@ class EvaluateConfig:
     """on a CPU: run target and drafter as compiled graphs (a minute of compilation, then about 1.6 times as fast)"""
     tolerance: float = at_least(0.0, 4.0)
     """fp32 divergences pass when the top-1/top-2 gap is at most this times the measured logit noise"""
+    answers: int = at_least(100, 400)
+    """lossless: sampled answers of each chi-square test, up to 16 tokens each"""
 
 
 @dataclass

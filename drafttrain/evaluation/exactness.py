@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from drafttrain.decoding.counts import Completion
 from drafttrain.decoding.engine import Engine
 from drafttrain.evaluation.questions import Question
 from drafttrain.evaluation.schema import Divergence, Exactness, Sample
@@ -43,8 +44,8 @@ def greedy_check(
     engine: Engine,
     sampling: Sampling,
     questions: Sequence[Question],
-    own: Sequence[Sample],
-    baseline: Sequence[Sample],
+    own: Sequence[Sample | Completion],
+    baseline: Sequence[Sample | Completion],
     widths: Sequence[int],
     tolerance: float,
 ) -> Exactness:

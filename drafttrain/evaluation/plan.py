@@ -38,7 +38,7 @@ def plan(parsed: Parsed) -> None:
         check_length(method)
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
     heads = {name: load_config(run.path / name) for name in head_names(run)}
-    found = inputs_of(parsed, target, _context(recipe, path), write=False)
+    found = inputs_of(parsed, target, context_of(recipe, path), write=False)
     shown = target.decode(found.test[0]["prompt_ids"])
     print(
         f"\n--- one test prompt; [[ ]] marks what every method is timed on ---\n{shown}[[the answer, at most", end=" "
@@ -63,7 +63,8 @@ def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
     return path
 
 
-def _context(recipe: Any, path: str) -> int:
+def context_of(recipe: Any, path: str) -> int:
+    """Tokens that both models can read and write together, by their configurations."""
     target = recipe.target
     configs = [
         load_model_config(target.path, target.revision, target.trust_remote_code),

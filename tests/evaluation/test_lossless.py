@@ -9,7 +9,8 @@ import torch
 from drafttrain.decoding import loop, verify
 from drafttrain.dialogue import end_tokens
 from drafttrain.errors import UserError
-from drafttrain.evaluation import lossless, pair
+from drafttrain.evaluation import controls, distributions, findings, identity, lossless, pair
+from drafttrain.evaluation.distributions import FAMILY, SAMPLINGS
 from drafttrain.evaluation.pair import Models
 from drafttrain.models.fingerprint import Fingerprint
 from drafttrain.models.loading import Loaded
@@ -18,18 +19,28 @@ from tests.conftest import build_llama
 
 METHOD = "Model(drafter, length=4)"
 PROMPT = [0, 9, 33, 7]
+PLAIN = (Sampling(1.0),)
+PROMPTS = {"a": PROMPT, "b": [0, 4], "c": [0, 50, 12, 7, 7, 3], "d": [0, 61], "e": [0, 7, 11, 80]}
+NEEDS_Q = {"wrong q", "greedy draft declared as sampled", "sampled beams pruned", "a drawn token dropped for its value"}
+
+
+def loaded(model, tokenizer):
+    return Loaded(model, tokenizer, Fingerprint("t", "a", "w"), "tiny")
+
+
+def models_of(target, drafter, tokenizer):
+    pair = (loaded(each, tokenizer) for each in (target, drafter))
+    return Models(*pair, {}, end_tokens(tokenizer, None), "float32")
 
 
 @pytest.fixture(scope="module")
 def models(tiny_tokenizer):
-    nobody = Fingerprint("t", "a", "w")
-    model = build_llama(len(tiny_tokenizer), layers=1, seed=0)
-    close = copy.deepcopy(model)
+    target = build_llama(len(tiny_tokenizer), layers=1, seed=0)
+    drafter = copy.deepcopy(target)
     with torch.no_grad():
-        for weight in close.parameters():
+        for weight in drafter.parameters():
             weight += 0.08 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    target, drafter = (Loaded(each, tiny_tokenizer, nobody, "tiny") for each in (model, close))
-    return Models(target, drafter, {}, end_tokens(tiny_tokenizer, None), "float32")
+    return models_of(target, drafter, tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +48,204 @@ def short_models(models, tiny_tokenizer):
     """The same pair, but of a drafter that lacks the last forty tokens, one answer token in eight."""
     drafter = copy.deepcopy(models.drafter.model)
     drafter.resize_token_embeddings(len(tiny_tokenizer) - 40)
-    return dataclasses.replace(models, drafter=dataclasses.replace(models.drafter, model=drafter), _engines={})
+    return models_of(models.target.model, drafter, tiny_tokenizer)
 
 
-def found_by(models, answers):
-    return lossless.distribution_tests(models, METHOD, PROMPT, Sampling(1.0), 0, answers)
+@pytest.fixture(scope="module")
+def padded_models(models, tiny_tokenizer):
+    """The same pair in vocabularies padded unequally, by rows that would win if they were looked at."""
+    padded = []
+    for model, more in ((models.target.model, 24), (models.drafter.model, 8)):
+        model = copy.deepcopy(model)
+        known = len(tiny_tokenizer)
+        model.resize_token_embeddings(known + more)
+        with torch.no_grad():
+            head = model.get_output_embeddings().weight
+            head[known:] = 3 * head[:more]
+        padded.append(model)
+    return models_of(*padded, tiny_tokenizer)
 
 
-@pytest.mark.parametrize("method", [METHOD, "Model(drafter, stop=Confidence(0.5))", "Autoregressive()"])
-def test_the_decoder_is_lossless_and_its_controls_are_rejected(models, method):
-    proof = lossless.prove(models, method, [PROMPT, [0, 4]], [Sampling(1.0)], 4.0, 0, answers=1500)
-    assert proof.passed, proof
-    assert [check.tier for check in proof.tokens] == ["float64", "float32", "low precision"]
-    assert proof.tokens[0].identical == 2
-    controls = [test for test in proof.distributions if test.must_reject]
-    assert len(controls) == (1 if method == "Autoregressive()" else 2)
-    assert all(control.p_value < lossless.FALSE_ALARM for control in controls)
+def questions(prompts=PROMPTS, limit=24):
+    return lossless.questions_of(prompts, 512, limit)
+
+
+def trial(models, samplings=PLAIN, answers=200, prompt=PROMPT):
+    cases = distributions.cases_of(models, samplings, prompt)
+    return distributions.Trial(prompt, cases, answers, distributions.level_of(len(cases)), 0)
+
+
+def first_distribution(models, answers=200, samplings=PLAIN, method=METHOD):
+    one = trial(models, samplings, answers)
+    return distributions.case_finding(models, method, one, one.cases[0])
+
+
+def results(found, part):
+    return {finding.test: finding.result for finding in found if part in finding.test}
+
+
+# ---- right decoders ----
+
+
+def test_the_decoder_is_lossless_and_every_control_is_caught(models):
+    proof = lossless.prove(models, METHOD, questions(), trial(models, answers=400), 4.0)
+    assert proof.passed and proof.verdict == "lossless", proof
+    caught = results(proof.findings, "control")
+    assert set(caught.values()) == {"caught"}
+    assert {name.partition("control: ")[2] for name in caught} == {control.name for control in controls.CONTROLS}
+    assert "greedy, float64, control: off-by-one cache" in caught
+
+
+def test_every_combination_of_options_passes_and_several_end_tokens_do(models):
+    found = trial(models, SAMPLINGS, answers=100)
+    assert len(found.cases) == len(SAMPLINGS) + 1
+    assert len(found.cases[-1].ends) == len(models.ends) + 2
+    assert any(case.sampling.penalised for case in found.cases)
+    for case in found.cases:
+        assert distributions.case_finding(models, METHOD, found, case).result == "passed"
+
+
+def test_greedy_text_is_compared_on_every_prompt_alone_and_in_batches(models):
+    found = identity.float64_findings(models, METHOD, questions(), 0)
+    assert [each.figures["answers"] for each in found] == [5] * 4
+    assert [each.figures["match_rate"] for each in found[:3]] == [1.0] * 3
+    assert ["one at a time" in found[0].test, "batches" in found[1].test, "penalty" in found[2].test] == [True] * 3
+
+
+def test_a_method_that_drafts_by_confidence_passes(models):
+    assert first_distribution(models, method="Model(drafter, stop=Confidence(0.5))").result == "passed"
+
+
+def test_controls_of_autoregressive_decoding_are_made_of_the_pairs_drafter(models):
+    assert distributions.broken_method(models, METHOD) == METHOD
+    assert distributions.broken_method(models, "Autoregressive()") == distributions.FALLBACK
+    found = results(identity.float64_findings(models, "Autoregressive()", questions(), 0), "control")
+    assert found == {f"greedy, float64, control: off-by-one cache ({distributions.FALLBACK})": "caught"}
+
+
+class Deterministic:
+    """Another's draft, declared as deterministic whatever it was."""
+
+    def __init__(self, drafter):
+        self.drafter = drafter
+        self.name, self.max_length = drafter.name, drafter.max_length
+
+    def start(self, committed, setting, *more):
+        self.drafter.start(committed, dataclasses.replace(setting, sampling=Sampling(0.0)), *more)
+
+    def __getattr__(self, name):
+        return getattr(self.drafter, name)
+
+
+def test_controls_that_need_q_do_not_apply_to_deterministic_drafts(models, monkeypatch, tiny_tokenizer):
+    own = models_of(models.target.model, models.target.model, tiny_tokenizer)
+    real = pair.build
+    monkeypatch.setattr(pair, "build", lambda *given: (drafter := real(*given)) and Deterministic(drafter))
+    found = distributions.control_findings(own, METHOD, trial(own, [Sampling(0.3)]))
+    told = {name.partition("control: ")[2]: result for name, result in results(found, "").items()}
+    assert {name for name, result in told.items() if result == "not applicable"} == NEEDS_Q
+    assert told["residual omitted"] == told["off-by-one cache"] == "caught"
+
+
+def test_a_drafter_that_lacks_tokens_takes_none_from_the_target(short_models):
+    assert first_distribution(short_models).result == "passed"
+    decoder = short_models.decoder(METHOD, Sampling(1.0), 0, "float64")
+    lacking = short_models.engines("float64")[1].vocabulary
+    assert any(max(answer) >= lacking for answer in distributions.draw(decoder, PROMPT, 100))
+
+
+def test_padding_of_the_vocabulary_is_never_drafted_nor_emitted(padded_models, tiny_tokenizer):
+    assert first_distribution(padded_models).result == "passed"
+    assert set(results(identity.float64_findings(padded_models, METHOD, questions(), 0)[:3], "").values()) == {"passed"}
+    decoder = padded_models.decoder(METHOD, Sampling(1.0), 0, "float64")
+    assert max(max(answer) for answer in distributions.draw(decoder, PROMPT, 100)) < len(tiny_tokenizer)
+
+
+# ---- wrong ones ----
+
+
+def test_a_decoder_that_keeps_rejected_mass_fails(models, monkeypatch):
+    """The residual forgotten: after a rejection the token is drawn from p instead of (p - q)+."""
+    monkeypatch.setattr(verify, "_residual", lambda p_BV, draft, accepted_B: p_BV)
+    found = first_distribution(models)
+    assert found.result == "FAILED" and found.figures["p_value"] < FAMILY
+
+
+def test_a_drafter_that_misdeclares_its_distribution_fails(models, monkeypatch):
+    real = loop.Decoder.__init__
+
+    def wrong(self, target, drafter=None, *rest):
+        real(self, target, controls.Misdrawn(drafter, controls.sharper) if drafter else None, *rest)
+
+    monkeypatch.setattr(loop.Decoder, "__init__", wrong)
+    found = first_distribution(models)
+    assert found.result == "FAILED"
+
+
+def test_a_penalty_that_misses_the_drafted_prefix_fails(models, monkeypatch):
+    """Tokens of the block are penalised only once they are committed."""
+    blind = lambda seen_BV, tokens_BK: seen_BV.unsqueeze(1).expand(-1, tokens_BK.shape[1] + 1, -1)  # noqa: E731
+    monkeypatch.setattr(loop, "seen_along", blind)
+    found = first_distribution(models, samplings=[Sampling(1.0, repetition_penalty=3.0)])
+    greedy = identity.float64_findings(models, METHOD, questions(), 0)
+    assert "FAILED" in [found.result, greedy[2].result]
+    assert [each.result for each in greedy[:2]] == ["passed", "passed"]
+
+
+def test_a_target_cut_to_its_drafters_tokens_fails(short_models, monkeypatch):
+    for engine in short_models.engines("float64"):
+        monkeypatch.setattr(engine, "vocabulary", short_models.engines("float64")[1].vocabulary)
+    found = first_distribution(short_models)
+    assert found.result == "FAILED"
+
+
+def test_a_wrong_token_fails_in_every_precision(models, monkeypatch):
+    real = loop.verify_greedy
+
+    def lenient(choice, draft):
+        return real(torch.cat([draft.tokens_BK, choice[:, -1:]], 1) if draft.width else choice, draft)
+
+    monkeypatch.setattr(loop, "verify_greedy", lenient)
+    found = identity.float64_findings(models, METHOD, questions(), 0)
+    low = [identity.low_precision_finding(models, METHOD, questions(), each, 4.0, 0) for each in identity.LOW_PRECISION]
+    for each in [*found[:3], *low]:
+        assert each.result == "FAILED", each
+        assert each.figures["match_rate"] < 1
+        [first, *_] = each.figures["divergences"]
+        assert first["gap"] > 4 * first["noise"]
+        assert f"first difference: {first['prompt_id']}, token {first['position']}, gap" in each.number
+
+
+# ---- power ----
+
+
+def test_a_control_that_is_not_caught_is_no_proof(models, capsys):
+    """Ten answers can prove nothing."""
+    weak = trial(models, answers=10)
+    tests = distributions.distribution_findings(models, METHOD, weak)
+    proof = lossless.Proof(METHOD, tests)
+    assert tests[0].passed
+    assert "NOT CAUGHT" in results(tests, "control").values()
+    assert not proof.passed and proof.verdict == "NOT PROVEN"
+    lossless._show([proof], weak)
+    assert "give more answers (--answers 40)" in capsys.readouterr().out
+
+
+def test_the_bound_on_false_alarms_is_shared_by_all_tests():
+    assert distributions.level_of(14) * 14 == pytest.approx(FAMILY)
+    assert FAMILY <= 1e-6
+
+
+def test_drawing_twice_and_keeping_the_likelier_has_the_distribution_stated():
+    q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    both = torch.zeros(3, dtype=torch.float64)
+    for first in range(3):
+        for second in range(3):
+            both[first if q[first] > q[second] else second] += q[first] * q[second]
+    assert torch.allclose(controls.likelier_of_two(q), both)
+
+
+# ---- what cannot be had ----
 
 
 def lacks(monkeypatch, *dtypes):
@@ -70,49 +263,27 @@ def lacks(monkeypatch, *dtypes):
 def test_a_dtype_that_cannot_be_had_is_not_checked_and_a_missing_reference_refused(models, monkeypatch):
     models = dataclasses.replace(models, _engines={})
     lacks(monkeypatch, "bfloat16")
-    proof = lossless.prove(models, METHOD, [PROMPT], [], 4.0, 0)
-    assert [check.tier for check in proof.tokens] == ["float64", "float32", "not checked"]
-    assert proof.passed and "cannot be run in bfloat16" in proof.tokens[-1].reason
+    finding = identity.low_precision_finding(models, METHOD, questions(), "bfloat16", 4.0, 0)
+    assert (finding.result, finding.passed) == ("not checked", True)
+    assert "cannot be run in bfloat16" in finding.number
     lacks(monkeypatch, "float64")
     with pytest.raises(UserError, match=r"in float64.* needs it; `drafttrain evaluate`"):
-        lossless.prove(models, METHOD, [PROMPT], [], 4.0, 0)
+        lossless.trial_of(models, questions(), [Sampling(1.0)], 1, 100, 0)
 
 
-def test_a_drafter_that_lacks_tokens_takes_none_from_the_target(short_models):
-    proof = lossless.prove(short_models, METHOD, [PROMPT, [0, 4]], [Sampling(1.0)], 4.0, 0, answers=1500)
-    assert proof.passed, proof
-    decoder = short_models.decoder(METHOD, Sampling(1.0), 0, "float32")
-    lacking = short_models.engines("float32")[1].vocabulary
-    assert any(max(answer) >= lacking for answer in lossless.draw(decoder, PROMPT, 100))
+def test_prompts_without_room_for_an_answer_are_left_out_and_none_is_refused():
+    found = lossless.questions_of({"short": [1] * 5, "long": [1] * 9, "none": []}, context=9, limit=64)
+    assert [(each.prompt_id, each.limit) for each in found] == [("short", 4)]
+    with pytest.raises(UserError, match="no prompt of fewer than 9 tokens"):
+        lossless.questions_of({"long": [1] * 9}, context=9, limit=64)
 
 
-def test_a_target_cut_to_its_drafters_tokens_is_caught(short_models, monkeypatch):
-    for engine in short_models.engines("float32"):
-        monkeypatch.setattr(engine, "vocabulary", short_models.engines("float32")[1].vocabulary)
-    [found, *_] = found_by(short_models, lossless.ANSWERS)
-    assert not found.passed
-
-
-def test_a_decoder_that_keeps_rejected_mass_is_caught(models, monkeypatch):
-    """The residual forgotten: after a rejection the token is drawn from p instead of (p - q)+."""
-    monkeypatch.setattr(verify, "_residual", lambda p_BV, draft, accepted_B: p_BV)
-    [found, *_] = found_by(models, lossless.ANSWERS)
-    assert not found.passed and found.p_value < lossless.FALSE_ALARM
-
-
-def test_a_drafter_that_misdeclares_its_distribution_is_caught(models, monkeypatch):
-    real = loop.Decoder.__init__
-
-    def wrong(self, target, drafter=None, *rest):
-        real(self, target, lossless.Misdeclared(drafter) if drafter else None, *rest)
-
-    monkeypatch.setattr(loop.Decoder, "__init__", wrong)
-    [found, *_] = found_by(models, lossless.ANSWERS)
-    assert not found.passed
-
-
-def test_a_control_that_is_not_rejected_fails_the_proof(models):
-    """Ten answers can prove nothing."""
-    tests = found_by(models, 10)
-    assert tests[0].passed
-    assert not all(test.passed for test in tests if test.must_reject)
+def test_the_table_names_a_method_once():
+    rows = [findings.Finding("m", test, "passed", "p = 0.5") for test in ("one", "another")]
+    lines = findings.aligned(rows)
+    assert [line.split() for line in lines] == [
+        ["method", "test", "result", "number"],
+        ["m", "one", "passed", "p", "=", "0.5"],
+        ["another", "passed", "p", "=", "0.5"],
+    ]
+    assert lines[1].index("passed") == lines[2].index("passed")

@@ -173,13 +173,18 @@ def test_batches_are_measured_too(files, tmp_path):
     assert report.of("temperature 1")[0].overall.prompts == 3
 
 
-def test_wrong_output_fails_the_command_after_the_report_is_written(files, tmp_path, monkeypatch, capsys):
+def accept_everything(monkeypatch):
+    """Greedy verification that lets every drafted token through."""
     real = loop.verify_greedy
 
     def lenient(choice, draft):
         return real(torch.cat([draft.tokens_BK, choice[:, -1:]], 1) if draft.width else choice, draft)
 
     monkeypatch.setattr(loop, "verify_greedy", lenient)
+
+
+def test_wrong_output_fails_the_command_after_the_report_is_written(files, tmp_path, monkeypatch, capsys):
+    accept_everything(monkeypatch)
     greedy = ("--evaluate.samplings", '[{"temperature": 0}]', "--evaluate.methods", '["Model(drafter, length=3)"]')
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", *flags(files, tmp_path / "run", *greedy)])
@@ -252,11 +257,40 @@ def test_a_damaged_report_is_no_report(probe, tmp_path, capsys):
 
 def test_lossless_writes_its_proof(files, tmp_path, capsys):
     pair = ("--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"))
-    sampling = ("--evaluate.samplings", '[{"temperature": 1}]')
+    sampling = ("--evaluate.samplings", '[{"temperature": 0.5}]')
     main(["lossless", *pair, *sampling, "--method", "Model(drafter, length=3)", "--run", str(tmp_path / "proof")])
-    assert "Model(drafter, length=3): lossless" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Model(drafter, length=3): lossless" in text and "is at most 1e-06" in text
     proof = json.loads((tmp_path / "proof" / "lossless.json").read_text())
-    assert proof["passed"] and len(proof["proofs"][0]["distributions"]) == 3
+    assert proof["passed"] and proof["false_alarms"]["tests"] == len(proof["workload"]["cases"]) == 2
+    assert proof["false_alarms"]["level"] == pytest.approx(1e-6 / 2)
+    findings = proof["proofs"][0]["findings"]
+    low = {each["test"]: each["figures"] for each in findings if "bfloat16" in each["test"] or "t32" in each["test"]}
+    assert len(low) == 2 and all({"match_rate", "divergences"} <= set(figures) for figures in low.values())
+    controls = [each["result"] for each in findings if "control" in each["test"]]
+    assert len(controls) == 7 and set(controls) == {"caught"}
+
+
+def test_a_proof_needs_no_more_than_a_pair_and_a_method(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pair = ("--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"))
+    main(["lossless", *pair, "--method", "Model(drafter, length=3)", "--plan"])
+    text = capsys.readouterr().out
+    assert str(Path("runs/lossless/lossless.json")) in text and "prompts answered greedily: 8" in text
+    prompts = ("--prompts.path", str(files / "prompts.jsonl"))
+    main(["lossless", *pair, *prompts, "--method", "Model(drafter, length=3)", "--plan"])
+    assert "prompts answered greedily: 6" in capsys.readouterr().out
+
+
+def test_a_method_that_is_not_lossless_fails_the_command(files, tmp_path, monkeypatch, capsys):
+    accept_everything(monkeypatch)
+    pair = ("--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"))
+    small = ("--answers", "100", "--evaluate.samplings", '[{"temperature": 1}]', "--evaluate.max_new_tokens", "8")
+    with pytest.raises(SystemExit) as stop:
+        main(["lossless", *pair, *small, "--run", str(tmp_path / "run")])
+    assert stop.value.code == 1
+    assert "NOT LOSSLESS" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "run" / "lossless.json").read_text())["passed"]
 
 
 def test_the_plan_of_a_proof_runs_nothing_and_fails_on_what_would_fail(files, tmp_path, capsys):
@@ -264,7 +298,8 @@ def test_the_plan_of_a_proof_runs_nothing_and_fails_on_what_would_fail(files, tm
     planned = ("lossless", *pair, "--run", str(tmp_path / "proof"), "--plan", "--method")
     main([*planned, "Model(drafter, length=3)"])
     text = capsys.readouterr().out
-    assert "Model(drafter, length=3): greedy in float64" in text and "by chi-square" in text
+    assert "greedy in float64" in text and "400 answers by chi-square" in text and "time: about" in text
+    assert "prompts answered greedily: 8" in text
     assert "stranger" in refused(capsys, *planned, "Model(stranger, length=3)")
     assert not (tmp_path / "proof").exists()
 
