@@ -367,13 +367,13 @@ def test_the_plan_checks_methods_from_outside(files, theirs, tmp_path, capsys):
     assert "no parameter length" in refused(capsys, "evaluate", *planned, wrong, "--allow-code")
 
 
+@pytest.mark.slow
 def test_methods_from_outside_are_proven_like_others(files, theirs, tmp_path):
     pair = ("--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"))
     words = ["lossless", *pair, "--evaluate.samplings", '[{"temperature": 1}]', "--run", str(tmp_path / "proof")]
-    main([*words, "--allow-code", "--method", OUTSIDE[0], "--method", OUTSIDE[2]])
+    main([*words, "--allow-code", "--method", OUTSIDE[0], "--answers", "2000", "--evaluate.max_new_tokens", "8"])
     proof = json.loads((tmp_path / "proof" / "lossless.json").read_text())
-    assert proof["passed"] and [each["method"] for each in proof["proofs"]] == [OUTSIDE[0], OUTSIDE[2]]
-    assert all(each["tokens"] and each["distributions"] for each in proof["proofs"])
+    assert proof["passed"] and [each["method"] for each in proof["proofs"]] == [OUTSIDE[0]]
 
 
 @pytest.mark.slow
