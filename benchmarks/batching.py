@@ -1,6 +1,6 @@
 """Eight ragged prompts as one batch against eight single runs, with and without a drafter, greedy.
 
-    python benchmarks/batching.py            in bfloat16, about four minutes on two cores
+    python benchmarks/batching.py            in bfloat16, about three minutes on two cores
     python benchmarks/batching.py --quick    one batch, under a minute
 
 Rows of a batch differ in the length of their prompt, in the tokens they may write and, with a drafter, in the tokens of
@@ -36,7 +36,7 @@ from drafttrain.evaluation.statistics import Interval, bootstrap, rate_ratio  # 
 
 METHODS = {"speculative": METHOD, "autoregressive": AUTOREGRESSIVE}
 BATCH = 8
-FULL = {"batches": 3, "tokens": 96, "repeats": 5}
+FULL = {"batches": 2, "tokens": 80, "repeats": 4}
 QUICK = {"batches": 1, "tokens": 48, "repeats": 3}
 PROMPT = 192
 """Tokens of the longest prompt."""
@@ -104,6 +104,8 @@ def timed(
                     order = list(parts) if number % 2 else list(parts)[::-1]
                     row = {part: _run(decoder, parts[part]) for part in order}
                     rows[name].append({"batch_number": at, **row})
+                    spent = ", ".join(f"{part} {seconds:.1f} s" for part, (_, seconds) in row.items())
+                    print(f"turn {number + 1}, {name}: {spent}", flush=True)
     return rows
 
 
