@@ -115,3 +115,14 @@ def test_seen_tokens_along_a_block_grow_one_at_a_time(prompt, drafted):
 def test_impossible_settings_are_refused_by_name(setting):
     with pytest.raises(UserError, match=f"sampling.{next(iter(setting))}"):
         Sampling(**setting)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_greedy_token_is_the_first_of_the_largest_also_beside_cut_off_rows(dtype):
+    logits_BKV = torch.randn(3, 4, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits_BKV[:, :, [9, 21]] = 50.0
+    logits_BKV[1, 2] = 0.0
+    logits_BKV[:, :, 36:] = 99.0
+    tokens_BK = Sampling(0.0).choose(logits_BKV[..., :36])
+    assert tokens_BK.dtype == torch.int64
+    assert tokens_BK.tolist() == [[9, 9, 9, 9], [9, 9, 0, 9], [9, 9, 9, 9]]
