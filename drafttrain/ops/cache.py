@@ -10,6 +10,7 @@ the future. Storage grows by blocks; nothing is concatenated.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +51,8 @@ class DenseLayer(CacheLayerMixin):
 
     def __init__(self, cache: DenseCache) -> None:
         super().__init__()
-        self._cache = cache
+        # A cycle would keep the storage until garbage is collected, which while runs are timed it is not.
+        self._cache = weakref.proxy(cache)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate. Zeros, not garbage: a masked slot is multiplied by 0, which a NaN would survive."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -403,3 +405,17 @@ def test_counts_add_up():
     assert total.tau == 2
     assert total.acceptance_rate == pytest.approx(1 / 3)
     assert a.tokens == 3
+
+
+def test_caches_are_freed_at_once_without_waiting_for_garbage_collection(engines):
+    target, drafter = engines
+    decoder = Decoder(target, ModelDrafter(drafter, length=3))
+    gc.collect()
+    gc.disable()
+    try:
+        decoder.generate([[1, 5, 3]], 8)
+        caches = [weakref.ref(decoder._cache), weakref.ref(decoder.drafter.cache)]
+        decoder.generate([[1, 5, 3]], 8)
+        assert [cache() for cache in caches] == [None, None]
+    finally:
+        gc.enable()
