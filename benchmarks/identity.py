@@ -38,8 +38,8 @@ from drafttrain.evaluation.runner import answer, batches  # noqa: E402
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Exactness  # noqa: E402
 
 DTYPES = ("float64", "float32")
-TOKENS, QUICK_TOKENS = 200_000, 2_000
-LEAST_PROMPTS, QUICK_PROMPTS = 1_000, 24
+TOKENS, QUICK_TOKENS = 200_000, 800
+LEAST_PROMPTS, QUICK_PROMPTS = 1_000, 12
 LIMIT, QUICK_LIMIT = 256, 64
 BATCH = 32
 

@@ -24,6 +24,9 @@ GREEDY = Sampling(0.0)
 SPARE = 3
 """Prompts made for every one that is asked: a share stays with the training split, near-duplicates go."""
 
+LONGEST = 512
+"""Tokens of a prompt from a file; a few of MBPP's are thousands long, and a batch reads all rows at that length."""
+
 _BATCH = 16
 
 
@@ -49,7 +52,7 @@ def held_out_questions(
         mixture: conversations of each task of the reference world.
         limit: most new tokens of an answer.
         lengths: tokens of a conversation of each task.
-        files: prompt files of outside make, and how many prompts of each are taken.
+        files: prompt files of outside make, and how many prompts of each are taken at most.
     """
     asked = {task: SPARE * count for task, count in mixture.items()}
     sizes = {task: lengths[task] for task in mixture}
@@ -59,7 +62,8 @@ def held_out_questions(
     for task, count in mixture.items():
         chosen += choose([record for record in records if record["task"] == task], SPLITS, count)
     for path, count in files:
-        chosen += _records(PromptsConfig(path=str(path), near_duplicate=1.0), models)[:count]
+        settings = PromptsConfig(path=str(path), near_duplicate=1.0, max_tokens=LONGEST)
+        chosen += _records(settings, models)[:count]
     random.Random(0).shuffle(chosen)
     decoder = models.decoder(AUTOREGRESSIVE, GREEDY, 0)
     limits = Limits(limit, models.context, _BATCH)
