@@ -259,8 +259,8 @@ def _seconds(parsed: Parsed, path: str, draws: int, tokens: int) -> float:
     return operations / (_EFFICIENCY * speed) + _PASSES * tokens * layers * _LAYER_SECONDS
 
 
-_READ = 16
-_EFFICIENCY = 0.2
+_READ = 60
+_EFFICIENCY = 0.7
 _PASSES = 6
 _LAYER_SECONDS = 3e-4
 """For the estimate: tokens that each model reads in an answer, share of the matrix speed reached in that, forwards of
