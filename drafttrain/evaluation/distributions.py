@@ -52,7 +52,7 @@ DTYPE = "float64"
 
 _ENDS = 2  # frequent tokens that end an answer in the test of several end tokens
 _BATCH = 100
-_PROBE = 25  # answers that tell whether a drafter declares any q
+_FEWER = 4  # times fewer answers are tried first with a control
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,15 @@ def control_findings(models: Models, method: str, trial: Trial) -> list[Finding]
     for control in progress(CONTROLS, len(CONTROLS), f"{broken}: controls"):
         test = f"{case.name}, control: {control.name}" + (f" ({broken})" if broken != method else "")
         decoder = control.broken(_decoder(models, broken, case, trial.seed))
-        draw(decoder, trial.prompt, _PROBE)
-        if not is_broken(decoder):
-            found.append(Finding(method, test, "not applicable", "its drafter declares no q"))
-            continue
-        drawn = draw(decoder, trial.prompt, trial.answers)
-        found.append(_judged(models, method, test, trial, case, drawn, control=True))
+        for answers in (trial.answers // _FEWER, trial.answers):  # most are caught by few
+            drawn = draw(decoder, trial.prompt, answers)
+            if not is_broken(decoder):
+                finding = Finding(method, test, "not applicable", "its drafter declares no q")
+                break
+            finding = _judged(models, method, test, trial, case, drawn, control=True)
+            if finding.passed:
+                break
+        found.append(finding)
     return found
 
 
@@ -176,7 +179,9 @@ def _judged(
     else:
         result = "FAILED" if rejected else "passed"
     statistics = " and ".join(f"{half.statistic:.0f}" for half in halves)
-    number = f"p = {p_value:.2g} (chi-square {statistics}, {halves[0].degrees} degrees of freedom)"
+    number = (
+        f"p = {p_value:.2g} (chi-square {statistics}, {halves[0].degrees} degrees of freedom, {len(drawn)} answers)"
+    )
     figures = {"p_value": p_value, "level": trial.level, "halves": [vars(half) for half in halves]}
     return Finding(method, test, result, number, figures)
 
