@@ -15,16 +15,38 @@ from drafttrain.testing import _engines, check_drafter, check_rule
 from examples.my_drafter import MyDrafter
 
 
+def answers_of(check, make, method: str) -> list[object]:
+    """What a method of the things checked returned, call by call: a check that asks nothing would pass anything."""
+    seen = []
+
+    def factory(*engine):
+        made = make(*engine)
+        inner = getattr(made, method)
+
+        def watched(*arguments, **named):
+            seen.append(inner(*arguments, **named))
+            return seen[-1]
+
+        setattr(made, method, watched)
+        return made
+
+    check(factory)
+    return seen
+
+
 def test_a_model_drafter_passes():
-    check_drafter(lambda engine: ModelDrafter(engine, 4))
+    drafts = answers_of(check_drafter, lambda engine: ModelDrafter(engine, 4), "propose")
+    assert {draft.width for draft in drafts} == {1, 2, 3, 4}
 
 
 def test_the_drafter_of_the_example_passes():
-    check_drafter(lambda engine: MyDrafter(n=2))
+    drafts = answers_of(check_drafter, lambda engine: MyDrafter(n=2), "propose")
+    assert max(draft.width for draft in drafts) > 1
 
 
 def test_an_adaptive_rule_passes():
-    check_rule(lambda: Confidence(0.7, max_length=5))
+    stops = answers_of(check_rule, lambda: Confidence(0.7, max_length=5), "stop")
+    assert {bool(stop_B.any()) for stop_B in stops} == {True, False}
 
 
 def test_the_engine_is_as_documented():
