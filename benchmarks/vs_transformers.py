@@ -115,10 +115,9 @@ def compare(
     methods = make_methods(models, dtype)
     times, tokens = timed(methods, questions, repeats)
     check = _checked(target, questions, tokens[METHOD], tokens[GENERATE])
-    overheads = {
-        method: [overhead(methods[method], [target, drafter], each) for each in questions]
-        for method in (METHOD, ASSISTED)
-    }
+    overheads = overheads_of(
+        {name: methods[name] for name in (METHOD, ASSISTED)}, [target, drafter], questions, repeats
+    )
     rows = {
         "prompts": [
             {
@@ -268,6 +267,22 @@ def timed(
     return times, tokens
 
 
+def overheads_of(
+    methods: dict[str, Answers], engines: Sequence[Engine], questions: Sequence[Question], repeats: int
+) -> dict[str, list[tuple[float, float, int]]]:
+    """Every method's `overhead` at every question, methods in turn; of the repeats the one of median seconds."""
+    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in methods}
+    with steady():
+        for question in questions:
+            runs = [
+                {name: overhead(answers, engines, question) for name, answers in methods.items()}
+                for _ in range(repeats)
+            ]
+            for name, own in found.items():
+                own.append(sorted(run[name] for run in runs)[len(runs) // 2])
+    return found
+
+
 def overhead(answers: Answers, engines: Sequence[Engine], question: Question) -> tuple[float, float, int]:
     """Seconds of an answer beside the models' forwards and beside their modules, and its rounds: target forwards.
 
@@ -278,7 +293,7 @@ def overhead(answers: Answers, engines: Sequence[Engine], question: Question) ->
     """
     whole = [thing for each in engines for thing in (each, each.model)]  # a method calls the one or the other
     modules = [part for each in engines for part in (each.model.get_output_embeddings(), each.model.get_decoder())]
-    with steady(), _watched([*whole, *modules]) as spent:
+    with _watched([*whole, *modules]) as spent:
         started = time.perf_counter()
         answers(question)
         seconds = time.perf_counter() - started

@@ -22,7 +22,7 @@ from drafttrain.decoding.stopping import FixedLength, Step, StoppingRule
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws, sample
-from drafttrain.ops.sampling import Sampling, seen_along, widened
+from drafttrain.ops.sampling import Sampling, seen_along
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,6 @@ class _Round:
         """The next token [B, 1], the logits and, when sampling, the distribution it was drawn from [B, 1, V]."""
         if self.vocabulary != self.engine.vocabulary:
             logits_BKV = logits_BKV[..., : self.vocabulary]
-        logits_BKV = widened(logits_BKV)
         seen_BKV = None if self.seen_BV is None else self.seen_BV.unsqueeze(1)
         q_BKV = None
         if u_BK is None:

@@ -72,10 +72,13 @@ class Sampling:
 
     def choose(self, logits_BKV: Tensor, seen_BKV: Tensor | None = None) -> Tensor:
         """The greedy token of every position: int64 [..., K]."""
-        logits_BKV = self._penalise(widened(logits_BKV), seen_BKV)
-        if logits_BKV.device.type == "cpu":  # NumPy searches a row up to ten times faster than torch
-            return torch.as_tensor(logits_BKV.detach().numpy().argmax(-1))
-        return logits_BKV.argmax(-1)
+        if self.penalised:
+            logits_BKV = self._penalise(widened(logits_BKV), seen_BKV)
+        if not logits_BKV.is_cpu:
+            return logits_BKV.argmax(-1)
+        # NumPy, which has no bfloat16, searches a row up to ten times faster than torch.
+        wide_BKV = logits_BKV if logits_BKV.dtype == torch.float32 else widened(logits_BKV)
+        return torch.from_numpy(wide_BKV.numpy().argmax(-1))
 
     def probabilities(self, logits_BKV: Tensor, seen_BKV: Tensor | None = None) -> Tensor:
         """The distribution the next token is drawn from.
