@@ -1,7 +1,7 @@
 """Are the tokens those of autoregressive decoding? Very many of them, greedy, in float64 and float32; is memory flat?
 
     python benchmarks/identity.py                                200,000 tokens, about half an hour on two cores
-    python benchmarks/identity.py --tokens 1000000 --data DIR    hours
+    python benchmarks/identity.py --tokens 1000000 --data DIR --output FILE     hours; goes on where it was ended
     python benchmarks/identity.py --quick                        under a minute
 
 Prompts are of the held-out reference world, with --data also those of HumanEval and MBPP (DIR/humaneval and DIR/mbpp,
@@ -9,7 +9,8 @@ see --help). Every batch is decoded twice in each dtype, without and with the dr
 token. Tokens are counted once, as emitted without a drafter. In float64 any difference is a failure; in float32 the gap
 of the two tokens is held against the noise measured there (evaluation/exactness.py), more than four times of which is
 no rounding: `unexplained_float32` counts these. `memory_growth_mib` is how much the resident memory of the process grew
-from a tenth of the run to its end; `memory_growth_late_mib` from the half.
+from a tenth of the run to its end; `memory_growth_late_mib` from the half; a run that went on knows that of its last
+process alone, which decoded `memory_tokens` tokens, those of all dtypes and with the drafter included.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import math
 import sys
 import time
@@ -35,13 +37,14 @@ from drafttrain.evaluation.exactness import greedy_check  # noqa: E402
 from drafttrain.evaluation.pair import Models  # noqa: E402
 from drafttrain.evaluation.questions import Question  # noqa: E402
 from drafttrain.evaluation.runner import answer, batches  # noqa: E402
-from drafttrain.evaluation.schema import AUTOREGRESSIVE, Exactness  # noqa: E402
+from drafttrain.evaluation.schema import AUTOREGRESSIVE, Divergence, Exactness  # noqa: E402
+from drafttrain.run_folder import write_atomically  # noqa: E402
 
 DTYPES = ("float64", "float32")
 TOKENS, QUICK_TOKENS = 200_000, 800
 LEAST_PROMPTS, QUICK_PROMPTS = 1_000, 12
 LIMIT, QUICK_LIMIT = 256, 64
-BATCH = 32
+BATCH = 64
 
 SHARES = {"code": 0.7, "revise": 0.12, "self_correct": 0.06, "recall": 0.06, "facts": 0.06}
 """Of the reference world's conversations: code goes on up to the limit, the others end."""
@@ -66,16 +69,47 @@ def main() -> None:
     questions = _questions(models, options)
     groups = batches(questions, BATCH)
     print(f"{len(questions)} prompts of {len({each.task for each in questions})} tasks", flush=True)
-    checks = {dtype: Exactness(dtype, True) for dtype in DTYPES}
+    part = None if options.output is None else options.output.with_suffix(".part.json")
+    done, checks = load(part, len(groups))
     memory: list[tuple[int, int]] = []
-    started = time.perf_counter()
-    for number, group in enumerate(groups, start=1):
+    before, started = checks[DTYPES[0]].tokens, time.perf_counter()
+    for number, group in enumerate(groups[done:], start=1):
         for dtype, total in checks.items():
             add(total, compare(models, dtype, group))
-        memory.append((checks[DTYPES[0]].tokens, resident()))
-        if number % 8 == 0 or number == len(groups):
-            print(progress(number / len(groups), checks, memory, time.perf_counter() - started), flush=True)
+        memory.append((checks[DTYPES[0]].tokens - before, resident()))
+        if done + number < len(groups):
+            save(part, done + number, len(groups), checks)
+        if number % 8 == 0 or done + number == len(groups):
+            share, seconds = number / (len(groups) - done), time.perf_counter() - started
+            print(progress(share, checks, memory, seconds), flush=True)
     finish("identity", figures_of(checks, memory), _rows(options, checks, memory), options.output)
+    if part is not None:
+        part.unlink(missing_ok=True)
+
+
+def load(part: Path | None, groups: int) -> tuple[int, dict[str, Exactness]]:
+    """How many batches an ended run has done, and what it found.
+
+    Args:
+        part: its file, which need not be there.
+        groups: batches of the whole run.
+    """
+    if part is None or not part.exists():
+        return 0, {dtype: Exactness(dtype, True) for dtype in DTYPES}
+    saved = json.loads(part.read_text(encoding="utf-8"))
+    if saved["groups"] != groups:
+        raise SystemExit(f"{part} is of a run of {saved['groups']} batches, not {groups}; delete it to begin anew")
+    checks = {dtype: Exactness(**found) for dtype, found in saved["checks"].items()}
+    for check in checks.values():
+        check.divergences = [Divergence(**each) for each in check.divergences]
+    return saved["done"], checks
+
+
+def save(part: Path | None, done: int, groups: int, checks: dict[str, Exactness]) -> None:
+    """Write what `load` reads."""
+    if part is not None:
+        found = {dtype: dataclasses.asdict(check) for dtype, check in checks.items()}
+        write_atomically(part, json.dumps({"done": done, "groups": groups, "checks": found}) + "\n")
 
 
 def compare(models: Models, dtype: str, group: Sequence[Question]) -> Exactness:
@@ -118,13 +152,17 @@ def figures_of(checks: dict[str, Exactness], memory: Sequence[tuple[int, int]]) 
             f"divergences_{dtype}": len(check.divergences),
             f"unexplained_{dtype}": sum(not each.passed for each in check.divergences),
         }
-    return found | {"memory_growth_mib": growth(memory, 0.1), "memory_growth_late_mib": growth(memory, 0.5)}
+    return found | {
+        "memory_growth_mib": growth(memory, 0.1),
+        "memory_growth_late_mib": growth(memory, 0.5),
+        "memory_tokens": 2 * len(checks) * memory[-1][0],
+    }
 
 
 def progress(share: float, checks: dict[str, Exactness], memory: Sequence[tuple[int, int]], seconds: float) -> str:
     """A line about what is done."""
     counts = ", ".join(f"{dtype} {len(check.divergences)} different" for dtype, check in checks.items())
-    tokens, size = memory[-1]
+    tokens, size = checks[DTYPES[0]].tokens, memory[-1][1]
     spent = f"{seconds / 60:.1f} of about {seconds / share / 60:.0f} minutes"
     return f"{share:4.0%}  {tokens} tokens, {counts}, {size / 2**20:.0f} MiB, {spent}"
 

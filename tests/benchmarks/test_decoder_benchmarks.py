@@ -149,6 +149,16 @@ def test_batches_are_counted_together(models, questions):
     assert figures["identical_fraction_float64"] == 1 and figures["tokens_float64"] == total.tokens
 
 
+def test_an_ended_run_of_identity_goes_on_with_what_it_found(tmp_path):
+    part = tmp_path / "results.part.json"
+    found = {"float32": Exactness("float32", True, 3, 2, 90, [Divergence("code:1", 7, 0.1, 0.2, True)])}
+    assert identity.load(part, 5)[0] == 0
+    identity.save(part, 4, 5, found)
+    assert identity.load(part, 5) == (4, found)
+    with pytest.raises(SystemExit, match="is of a run of 5 batches"):
+        identity.load(part, 6)
+
+
 def test_at_least_a_thousand_prompts_are_asked_and_more_for_more_tokens():
     count = {tokens: sum(identity.mixture(tokens, 1000, 256, 0).values()) for tokens in (1_000, 1_000_000)}
     assert 1000 <= count[1_000] < 1010
