@@ -110,12 +110,14 @@ class Completion:
         finish_reason: "eos", "stop" (a stop string) or "length".
         sources: for each token who it came from: "target" or a drafter's label.
         counts: what it cost.
+        synthetic: whether acceptance was drawn at given rates: then the tokens are no text of the target.
     """
 
     token_ids: list[int]
     finish_reason: str
     sources: list[str]
     counts: Counts
+    synthetic: bool = False
 
 
 def _sum(a: list[int], b: list[int]) -> list[int]:

@@ -24,6 +24,7 @@ from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import Drafter, Setting
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.stop_strings import StopStrings
+from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.decoding.verify import Verdict, verify_greedy, verify_sampled
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
@@ -46,6 +47,8 @@ class _Row:
 class Decoder:
     """Decodes with a target and, optionally, a drafter. The emitted distribution is always the target's.
 
+    The one exception is ``synthetic``, and its completions say so.
+
     Args:
         target: the model whose text is wanted.
         drafter: proposes tokens; None decodes autoregressively.
@@ -53,6 +56,10 @@ class Decoder:
         eos_ids: tokens that end a sequence.
         seed: of all draws; a draw depends on (seed, purpose, sample id, position) alone, hence not on the batch.
         stop_strings: texts that end a sequence.
+        synthetic: decides what is accepted in place of verification, to measure speed; the text then means nothing.
+
+    Raises:
+        UserError: synthetic acceptance without a drafter.
 
     Example:
         >>> decoder = Decoder(Engine(target), ModelDrafter(Engine(small), length=5), Sampling(0.0), eos_ids={2})
@@ -67,13 +74,17 @@ class Decoder:
         eos_ids: Collection[int] = (),
         seed: int = 0,
         stop_strings: StopStrings | None = None,
+        synthetic: SyntheticAcceptance | None = None,
     ) -> None:
+        if synthetic is not None and drafter is None:
+            raise UserError("synthetic acceptance needs a drafter: without one there is nothing to accept")
         self.target = target
         self.drafter = drafter
         self.sampling = sampling or Sampling()
         self.eos_ids = frozenset(eos_ids)
         self.seed = seed
         self.stop_strings = stop_strings
+        self.synthetic = synthetic
         self._cache: DenseCache | None = None
         self._empty: Draft | None = None
         self._committed: Committed | None = None  # the text of the last call, for the next turn of a chat
@@ -120,7 +131,8 @@ class Decoder:
                 finished += done
                 rows = self._leave(committed, rows, draws)
         finished.sort(key=lambda row: row.index)
-        return [Completion(row.tokens, row.finish_reason, row.sources, row.counts) for row in finished]
+        synthetic = self.synthetic is not None
+        return [Completion(row.tokens, row.finish_reason, row.sources, row.counts, synthetic) for row in finished]
 
     # ---- start ----
 
@@ -185,6 +197,8 @@ class Decoder:
             draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
         verdict = self._verify(self.target.forward(self._cache, block).logits, committed, draft, draws)
+        if self.synthetic is not None and draft.width:
+            verdict = self.synthetic.exchange(verdict, draft, draws.at("synthetic", committed.lengths, draft.width))
         return draft, self._read(draft, verdict)
 
     def _read(self, draft: Draft, verdict: Verdict) -> list[list[int]]:

@@ -41,7 +41,7 @@ def verify_greedy(choice: Tensor, draft: Draft) -> Verdict:
     """
     if draft.width == 0:
         return Verdict(choice.new_zeros(len(choice)), choice)
-    return Verdict(_leading(draft.tokens_BK == choice[:, :-1], draft), choice)
+    return Verdict(leading(draft.tokens_BK == choice[:, :-1], draft), choice)
 
 
 def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor) -> Verdict:
@@ -63,14 +63,14 @@ def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor)
         if draft.sampled_BK is not None:
             q_BK = q_BK.masked_fill(~draft.sampled_BK, 1.0)
         threshold_BK = u_accept_BK * q_BK
-    accepted_B = _leading(threshold_BK < p_BK, draft)
+    accepted_B = leading(threshold_BK < p_BK, draft)
     p_BV = _at(p, accepted_B)
     next_B = sample(_residual(p_BV, draft, accepted_B), _at(u_next, accepted_B))
     emitted = pad(draft.tokens_BK, (0, 1)).scatter_(1, accepted_B.unsqueeze(1), next_B.unsqueeze(1))
     return Verdict(accepted_B, emitted)
 
 
-def _leading(accepted_BK: Tensor, draft: Draft) -> Tensor:
+def leading(accepted_BK: Tensor, draft: Draft) -> Tensor:
     """How many leading tokens were accepted: int64 [B]."""
     inside_BK = draft.inside()
     if inside_BK is not None:
