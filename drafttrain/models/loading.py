@@ -67,6 +67,46 @@ def load_target(config: TargetConfig) -> Loaded:
     return Loaded(model, tokenizer, prints, config.path, config.revision, config.trust_remote_code)
 
 
+def load_random(config: TargetConfig, seed: int) -> Loaded:
+    """A model of the given shape with random weights: its folder needs config.json and a tokenizer alone.
+
+    Args:
+        config: path, dtype (auto is that of config.json), and at most one device.
+        seed: of the weights.
+
+    Raises:
+        UserError: there is no such folder, or it is asked for quantized or on several devices.
+    """
+    if config.quantization is not None:
+        raise UserError("random weights are not quantized; leave target.quantization out.")
+    device = config.device_map or default_device()
+    if isinstance(device, dict) or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise UserError("random weights are made on one device; set target.device_map to it, e.g. cuda:0.")
+    shape = load_model_config(config.path, config.revision, config.trust_remote_code)
+    dtype = _dtype(config.dtype)
+    with _told(config.path):
+        dtype = shape.dtype or torch.float32 if dtype == "auto" else dtype
+        model = random_causal_lm(shape, dtype, torch.device(device), seed, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.path, config.revision, config.trust_remote_code)
+    return Loaded(model, tokenizer, fingerprint(model, tokenizer), config.path, config.revision)
+
+
+def random_causal_lm(
+    config: Any, dtype: torch.dtype, device: torch.device, seed: int, trust_remote_code: bool = False
+) -> Any:
+    """A causal LM with weights drawn as its architecture initialises them, in eval mode, without gradients.
+
+    They are made in their dtype on their device; no other copy ever exists, so a model may be as large as the device.
+    """
+    from transformers import AutoModelForCausalLM
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), device:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.requires_grad_(False).eval()
+
+
 def drafter_path(recipe: Recipe, run: RunFolder) -> str:
     """The drafter of a run: the one named by drafter.path, else the one that the run trained.
 

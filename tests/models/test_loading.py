@@ -17,6 +17,7 @@ from drafttrain.models.loading import (
     load_causal_lm,
     load_drafter,
     load_model_config,
+    load_random,
     load_target,
     load_tokenizer,
     max_context,
@@ -229,3 +230,46 @@ def test_quantization_settings_become_the_config_of_their_method():
     config = quantization_config({"quant_method": "bitsandbytes", "load_in_8bit": True})
     assert type(config).__name__ == "BitsAndBytesConfig" and config.load_in_8bit
     assert quantization_config({"quant_method": "bitsandbytes"}).load_in_4bit
+
+
+# ---- random weights ----
+
+
+@pytest.fixture
+def shape_only(tmp_path, tiny_target, tiny_tokenizer):
+    """A folder that holds config.json and a tokenizer, no weights."""
+    folder = tmp_path / "shape"
+    tiny_target.config.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_random_weights_need_a_shape_and_a_tokenizer_alone(shape_only, tiny_target):
+    assert "holds no weights" in refusal(load_target, TargetConfig(path=str(shape_only)))
+    loaded = load_random(TargetConfig(path=str(shape_only), dtype="bfloat16"), seed=0)
+    model = loaded.model
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {name: p.shape for name, p in model.named_parameters()} == {
+        name: p.shape for name, p in tiny_target.named_parameters()
+    }
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    assert load_random(TargetConfig(path=str(shape_only)), seed=0).model.dtype == torch.float32  # as stored
+
+
+def test_random_weights_are_of_their_seed_and_leave_the_programs_own_draws_alone(shape_only):
+    config = TargetConfig(path=str(shape_only), dtype="float32")
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    prints = [load_random(config, seed).fingerprint for seed in (0, 0, 1)]
+    assert torch.rand(1) == expected
+    assert prints[0] == prints[1] and prints[0].differing(prints[2]) == ["weights"]
+
+
+def test_random_weights_are_neither_quantized_nor_spread_over_devices(shape_only):
+    path = str(shape_only)
+    assert "not quantized" in refusal(load_random, TargetConfig(path=path, quantization={"quant_method": "fp8"}), 0)
+    assert "one device" in refusal(load_random, TargetConfig(path=path, device_map="auto"), 0)
+    assert "one device" in refusal(load_random, TargetConfig(path=path, device_map={"": "cpu"}), 0)
+    assert load_random(TargetConfig(path=path, device_map="cpu"), 0).model.device == torch.device("cpu")
