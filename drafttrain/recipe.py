@@ -281,6 +281,12 @@ class EvaluateConfig:
     """on a CPU: run target and drafter as compiled graphs, after a minute or so of compilation"""
     tolerance: float = at_least(0.0, 4.0)
     """fp32 divergences pass when the top-1/top-2 gap is at most this times the measured logit noise"""
+    synthetic_acceptance: list[float] | None = field(default=None, metadata={"low": 0.0, "high": 1.0})
+    """measure speed alone, the k-th drafted token being accepted at the k-th of these rates (the last one holds on),
+    e.g. [0.8, 0.7]; the texts then mean nothing and are neither checked nor kept"""
+    random_weights: bool = False
+    """with synthetic_acceptance: make the weights of both models up; of their folders only config.json and the
+    tokenizer are read"""
     answers: int = at_least(100, 400)
     """lossless: sampled answers of each chi-square test, up to 16 tokens each"""
 

@@ -77,7 +77,7 @@ SPEED_CHECK_QUESTIONS = 6
 
 
 def evaluate(parsed: Parsed) -> None:
-    """Evaluate the pair of a recipe and write the report into the run folder.
+    """Evaluate the pair of a recipe and write the report into the run folder; with synthetic acceptance, its speeds.
 
     Raises:
         UserError: a part is missing, damaged or foreign, or a method cannot be run.
@@ -87,6 +87,11 @@ def evaluate(parsed: Parsed) -> None:
         from drafttrain.evaluation.plan import plan
 
         plan(parsed)
+        return
+    if parsed.recipe.evaluate.synthetic_acceptance is not None:
+        from drafttrain.evaluation.synthetic_study import synthetic_study
+
+        synthetic_study(parsed)
         return
     run = RunFolder(parsed.run).create()
     run.record(parsed, "drafttrain evaluate")

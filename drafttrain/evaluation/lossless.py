@@ -94,10 +94,15 @@ def command(parsed: Parsed) -> None:
     """Prove the methods of evaluate.methods (--method) and write RUN/lossless.json.
 
     Raises:
-        UserError: a part is missing or damaged, or a method cannot be run.
+        UserError: a part is missing or damaged, a method cannot be run, or acceptance is to be synthetic.
         SystemExit: code 1, a method is not lossless or a test has no power.
     """
     config = parsed.recipe.evaluate
+    if config.synthetic_acceptance is not None or config.random_weights:
+        raise UserError(
+            "nothing can be proven of synthetic acceptance; leave evaluate.synthetic_acceptance and "
+            "evaluate.random_weights out."
+        )
     given = [sampling_of(each) for each in config.samplings]
     samplings = [each for each in given if not each.greedy] or list(SAMPLINGS)
     methods = list(config.methods or DEFAULT_METHODS)

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-from drafttrain.config import Parsed, Recipe
+from drafttrain.config import EvaluateConfig, Parsed, Recipe
 from drafttrain.decoding.drafters import Drafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import build, parse_method, resolved
 from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.stop_strings import StopStrings
+from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.dialogue import end_tokens
 from drafttrain.errors import UserError
 from drafttrain.evaluation.environment import fast_dtype, free_bytes
+from drafttrain.evaluation.methods import kind_of
 from drafttrain.evaluation.schema import Pair
 from drafttrain.models.acceptance_head import AcceptanceHead
 from drafttrain.models.checkpoint import INFO, read_info
@@ -29,6 +31,7 @@ from drafttrain.models.loading import (
     default_device,
     drafter_path,
     load_drafter,
+    load_random,
     load_target,
     vocabulary_size,
 )
@@ -50,6 +53,7 @@ class Models:
         stop_strings: texts that end an answer, None for none.
         compiled: whether both models run as compiled graphs in that dtype.
         allow_code: whether methods may name classes from outside.
+        synthetic: decides what is accepted of drafts, where speed alone is measured; answers then end at their limits.
     """
 
     target: Loaded
@@ -60,6 +64,7 @@ class Models:
     stop_strings: StopStrings | None = None
     compiled: bool = False
     allow_code: bool = False
+    synthetic: SyntheticAcceptance | None = None
     _engines: dict[str, tuple[Engine, Engine]] = field(default_factory=dict)
 
     @property
@@ -119,7 +124,10 @@ class Models:
             UserError: the method is malformed or names a member that this run does not have.
         """
         drafter: Drafter | None = build(method, self.members(dtype), self.allow_code)
-        return Decoder(self.engines(dtype)[0], drafter, sampling, self.ends, seed, self.stop_strings)
+        target = self.engines(dtype)[0]
+        if self.synthetic is not None:
+            return Decoder(target, drafter, sampling, seed=seed, synthetic=self.synthetic if drafter else None)
+        return Decoder(target, drafter, sampling, self.ends, seed, self.stop_strings)
 
     def canonical(self, method: str) -> str:
         """A method as reports write it. Raises as `decoder`."""
@@ -145,23 +153,49 @@ def load_models(parsed: Parsed) -> Models:
 
     Raises:
         UserError: something is missing or damaged, tokenizers differ, drafter or head were made for another target,
-            or evaluate.methods has one that is malformed or names a class from outside that is not allowed.
+            evaluate.methods has one that is malformed or names a class from outside that is not allowed, or synthetic
+            acceptance is asked for in an impossible way.
     """
     recipe, run = parsed.recipe, RunFolder(parsed.run)
+    synthetic = synthetic_of(recipe.evaluate)
     for method in recipe.evaluate.methods or []:  # whatever is wrong with them costs no loading
         resolved(parse_method(method), parsed.allow_code)
     dtype = speed_dtype(recipe)
     path = drafter_path(recipe, run)
-    target = load_target(dataclasses.replace(recipe.target, dtype=dtype))
-    drafter = load_drafter(path, dtype, recipe.target.trust_remote_code)
+    target_config = dataclasses.replace(recipe.target, dtype=dtype)
+    if recipe.evaluate.random_weights:
+        target = load_random(target_config, recipe.seed)
+        drafter = load_random(dataclasses.replace(target_config, path=path, revision=None), recipe.seed + 1)
+    else:
+        target = load_target(target_config)
+        drafter = load_drafter(path, dtype, recipe.target.trust_remote_code)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, path)
-    _check_made_for(path, target, parsed.accept_new_target)
+    if not recipe.evaluate.random_weights:
+        _check_made_for(path, target, parsed.accept_new_target)
     checks = {"target": target.fingerprint, "drafter": drafter.fingerprint}
     checks |= {"accept_new_target": parsed.accept_new_target, "device": drafter.model.device}
     heads = {name: AcceptanceHead.load(run.path / name, **checks) for name in head_names(run)}
     ends = end_tokens(target.tokenizer, getattr(target.model, "generation_config", None))
     stops = StopStrings(target.tokenizer, recipe.responses.stop) if recipe.responses.stop else None
-    return Models(target, drafter, heads, ends, dtype, stops, recipe.evaluate.compile, parsed.allow_code)
+    return Models(target, drafter, heads, ends, dtype, stops, recipe.evaluate.compile, parsed.allow_code, synthetic)
+
+
+def synthetic_of(config: EvaluateConfig) -> SyntheticAcceptance | None:
+    """The synthetic acceptance that a recipe asks for, None for real acceptance.
+
+    Raises:
+        UserError: impossible rates, no method that drafts, or random weights without it.
+    """
+    if config.synthetic_acceptance is None:
+        if config.random_weights:
+            raise UserError(
+                "evaluate.random_weights makes models whose drafts are never right; give rates to accept them at, e.g. "
+                "--evaluate.synthetic_acceptance '[0.8, 0.7]'."
+            )
+        return None
+    if config.methods is not None and all(kind_of(method) == "autoregressive" for method in config.methods):
+        raise UserError("evaluate.synthetic_acceptance needs a method that drafts; add one to evaluate.methods.")
+    return SyntheticAcceptance(config.synthetic_acceptance)
 
 
 def head_names(run: RunFolder) -> list[str]:

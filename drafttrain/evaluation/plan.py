@@ -15,8 +15,9 @@ from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.load_study import group_of, request_count, sizes_of
 from drafttrain.evaluation.methods import check_length, kind_of
 from drafttrain.evaluation.names import sampling_name
-from drafttrain.evaluation.pair import head_names, speed_dtype
+from drafttrain.evaluation.pair import head_names, speed_dtype, synthetic_of
 from drafttrain.evaluation.sweep import settings
+from drafttrain.evaluation.synthetic_study import NAME, work
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
 from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_model_config, load_tokenizer
 from drafttrain.run_folder import RunFolder
@@ -29,9 +30,10 @@ def plan(parsed: Parsed) -> None:
     """Print the recipe, a prompt as the target reads it, and the work.
 
     Raises:
-        UserError: whatever would stop the run: no drafter, another tokenizer, no prompts, an impossible method.
+        UserError: whatever would stop the run: no drafter, another tokenizer, no prompts, an impossible method or rate.
     """
     recipe, run = parsed.recipe, RunFolder(parsed.run)
+    synthetic_of(recipe.evaluate)
     print(yaml.safe_dump({name: parsed.resolved[name] for name in _SECTIONS}, sort_keys=False).rstrip())
     path = check_pair(parsed, recipe.evaluate.methods or [])
     for method in recipe.evaluate.methods or []:
@@ -84,6 +86,9 @@ def _check_methods(methods: Sequence[str], members: set[str], allow_code: bool) 
 
 def _work(parsed: Parsed, found: Inputs, path: str, heads: dict[str, AcceptanceHeadConfig]) -> list[str]:
     config = parsed.recipe.evaluate
+    if config.synthetic_acceptance is not None:
+        pair = f"pair: {parsed.recipe.target.path} with {path}"
+        return [pair, *work(config, len(found.test)), f"speeds: {parsed.run / f'{NAME}.json'}"]
     samplings = [sampling_name(each) for each in config.samplings or [parsed.recipe.responses.sampling]]
     methods = 1 + (len(config.methods) if config.methods else (2 + len(heads)) * config.top)
     turns = len(found.test)
