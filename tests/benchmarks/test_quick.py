@@ -10,7 +10,7 @@ import pytest
 from benchmarks.distillation import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ("common", "pair")
+SHARED = ("common", "pair", "shapes")
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 FIGURES = {
     "adaptive_length": (
@@ -18,6 +18,10 @@ FIGURES = {
         *("speedup_best_fixed", "speedup_head", "speedup_published", "speedup_oracle"),
     ),
     "batching": ("throughput_ratio", "identical_fraction"),
+    "decode_gpu": (
+        *("roofline_share_1k", "roofline_share_8k", "roofline_share_32k", "overhead_o", "speedup_k5", "speedup_k5_b16"),
+        *(f"v_{width}" for width in range(2, 17)),
+    ),
     "distillation": tuple(f"tau_{loss}" for loss in LOSSES),
     "distillation_memory": ("peak_memory_ratio", "time_ratio"),
     "identity": ("identical_fraction_float64", "divergences_float32", "unexplained_float32", "memory_growth_mib"),
