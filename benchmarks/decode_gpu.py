@@ -16,7 +16,7 @@ batch 1 and for batches of 4 and 16, eagerly and in compiled graphs, in turn wit
 * a target forward of width w, back to back. `v_<w>`: its time over that of width 1.
 * a draft step, and rounds of drafting K tokens, wall clock over many rounds of a batch that stays full; nothing waits
   for the device but the loop's own read. `overhead_o`: (round - K draft steps - forward of width K + 1) / step, for
-  K = 5; the drafter's catch-up after a full acceptance is in it.
+  K = 5; in it are the drafter's catch-up after a full acceptance and the few operations of synthetic acceptance.
 * `speedup_k<K>`: tokens a second of these rounds over those of autoregressive decoding; `predicted_speedup_k<K>` by the
   cost model from the rounds' own counts, with the o of the *other* K; `tau_k<K>` what the rates came to.
 
@@ -80,12 +80,15 @@ FEW_WIDTHS = (1, *(length + 1 for length in LENGTHS), 16)
 
 FULL = {"repeats": 5, "steps": 24, "forwards": 10, "rounds": 16}
 QUICK = {"repeats": 2, "steps": 6, "forwards": 2, "rounds": 4}
-BUDGET = 540.0
-"""Seconds after which nothing new is begun."""
+LAST_CASE, LAST_REPEAT = 420.0, 540.0
+"""Seconds after which no case, and of a case no repeat beyond the second, is begun: graphs of a case take a while."""
 
 EAGER, COMPILED = "eager", "compiled"
 NOMINAL = {"H200": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.039e12}
 """Bytes per second of memory by the data sheets; the first name that fits."""
+
+_STORED = 2.75
+"""What the keys and values of a case take at most, in their own bytes: eagerly, and in storages made for graphs."""
 
 SPARE = 2 << 30
 """Bytes for activations, logits and graphs, and of each of the two buffers that bandwidth is measured on."""
@@ -140,8 +143,7 @@ def main() -> None:
     run.measure()
     for note in run.notes:
         print(note, flush=True)
-    figures = {name: value for name, own in run.figures().items() for name, value in _ends(name, own)}
-    finish("decode_gpu", figures, run.raw(), options.output)
+    finish("decode_gpu", flat(run.figures()), run.raw(), options.output)
 
 
 class Run:
@@ -166,7 +168,7 @@ class Run:
         models = make_models(options.shape, self.dtype, options.device)
         pairs = self._pairs(models)
         for case in CASES:
-            if self._late():
+            if self._seconds() > LAST_CASE:
                 self.notes.append(f"{_title(case)}: not measured, the time is up")
                 continue
             if options.device.type == "cuda":
@@ -203,7 +205,7 @@ class Run:
         modes = list(pairs)
         with steady():
             for repeat in range(self.counts["repeats"]):
-                if repeat > 1 and self._late():
+                if repeat > 1 and self._seconds() > LAST_REPEAT:
                     break
                 turn = repeat % max(1, len(modes))
                 for mode in modes[turn:] + modes[:turn]:
@@ -248,8 +250,8 @@ class Run:
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
-    def _late(self) -> bool:
-        return time.monotonic() - self.began > BUDGET
+    def _seconds(self) -> float:
+        return time.monotonic() - self.began
 
     def _tell(self, case: Case) -> None:
         for mode in self.options.modes:
@@ -263,14 +265,15 @@ class Run:
                 print(
                     f"{_title(case)}, {mode}: step {found['step_ms']:.2f} ms, {found['roofline_share']:.2f} of the "
                     f"roofline; o {found['overhead_o']:.3f}, c {found['c']:.3f}, v(6) {found['v_6']:.2f}, v(16) "
-                    f"{found['v_16']:.2f}; speed-up {speeds}  [{time.monotonic() - self.began:.0f} s]",
+                    f"{found['v_16']:.2f}; speed-up {speeds}  [{self._seconds():.0f} s]",
                     flush=True,
                 )
 
     def _save(self) -> None:
         if self.options.output is not None:
             self.options.output.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"benchmark": "decode_gpu", "unfinished": True, "rows": self.raw()}, indent=1)
+            so_far = {"figures": flat(self.figures()), "rows": self.raw()}
+            text = json.dumps({"benchmark": "decode_gpu", "unfinished": True, **so_far}, indent=1)
             self.options.output.write_text(text + "\n", encoding="utf-8")
 
 
@@ -348,10 +351,15 @@ def predicted(rows: Sequence[Row], at: int, o: float) -> float:
     return costs.predicted_speedup(total)
 
 
-def _ends(name: str, own: Interval | float) -> list[tuple[str, float]]:
-    if not isinstance(own, Interval):
-        return [(name, own)]
-    return [(name, own.value), (f"{name}_low", own.low), (f"{name}_high", own.high)]
+def flat(figures: dict[str, Interval | float]) -> dict[str, float]:
+    """Figures with the ends of their intervals as figures of their own."""
+    found = {}
+    for name, own in figures.items():
+        if isinstance(own, Interval):
+            found |= {name: own.value, f"{name}_low": own.low, f"{name}_high": own.high}
+        else:
+            found[name] = own
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,9 +382,9 @@ def nominal(device: torch.device) -> float | None:
 
 
 def memory(shape: str, case: Case, dtype: torch.dtype) -> int:
-    """Bytes that a case takes beside the weights: keys and values of both models, moved once where they must grow."""
+    """Bytes that a case takes beside the weights: keys and values of both models, and what forwards need."""
     token = sum(kv_bytes(config_of(sizes), dtype) for sizes in SHAPES[shape])
-    return int(1.25 * token * sum(case.lengths)) + (SPARE if shape != "tiny" else 0)
+    return int(_STORED * token * sum(case.lengths)) + (SPARE if shape != "tiny" else 0)
 
 
 def plan(shape: str, modes: Sequence[str], counts: dict[str, int], dtype: torch.dtype = torch.bfloat16) -> list[str]:
@@ -385,7 +393,7 @@ def plan(shape: str, modes: Sequence[str], counts: dict[str, int], dtype: torch.
     weights = [parameters(config) * dtype.itemsize for config in (target, drafter)]
     read = [parameters(config, embedding=False) * dtype.itemsize for config in (target, drafter)]
     lines = [f"weights: target {weights[0] / 2**30:.1f} GiB, drafter {weights[1] / 2**30:.1f} GiB, random, {dtype}"]
-    total = 30.0  # importing, making weights, measuring bandwidth
+    total = 180.0 if COMPILED in modes else 30.0  # importing, making weights, measuring bandwidth, compiling
     for case in CASES:
         tokens = sum(case.lengths)
         step, draft = (
@@ -402,7 +410,7 @@ def plan(shape: str, modes: Sequence[str], counts: dict[str, int], dtype: torch.
             f"{_title(case)}: {' and '.join(modes)}, {counts['repeats']} repeats of {steps} target forwards and "
             f"{drafts} draft steps; {needed:.0f} GiB, about {seconds:.0f} s"
         )
-    return [*lines, f"in all about {total:.0f} s; nothing new is begun after {BUDGET:.0f} s"]
+    return [*lines, f"in all about {total:.0f} s; what {LAST_CASE:.0f} s or memory have no room for is left out"]
 
 
 def _title(case: Case) -> str:

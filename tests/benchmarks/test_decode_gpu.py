@@ -162,14 +162,15 @@ def test_what_was_measured_before_a_kill_is_kept(small, monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         asked(monkeypatch, "--quick", "--device", "cpu", "--output", str(tmp_path / "rows.json"))
     kept = json.loads((tmp_path / "rows.json").read_text())
-    assert kept["unfinished"] and {each["batch"] for each in kept["rows"]["rows"]} == {1}
+    assert kept["unfinished"] and "overhead_o_low" in kept["figures"]
+    assert {each["batch"] for each in kept["rows"]["rows"]} == {1}
 
 
 def test_what_time_or_memory_leave_out_is_said(small, monkeypatch, capsys):
     monkeypatch.setattr(decode_gpu, "free_bytes", lambda device: 0)
     asked(monkeypatch, "--quick", "--device", "cpu")
     assert "context 2k, batch 2: not measured, memory has no room" in capsys.readouterr().out
-    monkeypatch.setattr(decode_gpu, "BUDGET", 0.0)
+    monkeypatch.setattr(decode_gpu, "LAST_CASE", 0.0)
     asked(monkeypatch, "--quick", "--device", "cpu")
     assert "context 1k, batch 1: not measured, the time is up" in capsys.readouterr().out
 
@@ -188,5 +189,5 @@ def test_the_plan_needs_no_gpu_and_fits_one(monkeypatch, capsys):
     asked(monkeypatch, "--plan")
     *cases, total = capsys.readouterr().out.splitlines()
     assert len(cases) == 1 + len(decode_gpu.CASES) and "target 15.0 GiB, drafter 2.3 GiB" in cases[0]
-    assert all(int(line.split(" GiB")[0].split()[-1]) < 70 for line in cases[1:])
-    assert int(total.split()[3]) < decode_gpu.BUDGET
+    assert all(int(line.split(" GiB")[0].split()[-1]) < 80 for line in cases[1:])
+    assert int(total.split()[3]) < decode_gpu.LAST_REPEAT
