@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from benchmarks.decode_gpu import Row, costs_of, shares
 from benchmarks.shapes import SHAPES, Case, Rounds
 from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.evaluation.environment import streamed_bytes
+from drafttrain.evaluation.runner import steady
 from drafttrain.ops.cache import DenseCache
 
 CPU = torch.device("cpu")
@@ -65,6 +67,26 @@ def test_rounds_are_of_a_full_batch_and_all_their_tokens_are_counted(pair, rate,
     found = shapes.speculative_rounds(pair, Case(40, 3), 4, SyntheticAcceptance([rate]), rounds=6, seed=0)
     assert (found.length, found.rounds, found.tokens) == (4, 6, 6 * 3 * each)
     assert found.seconds > 0
+
+
+def test_caches_are_gone_with_what_was_timed_on_them(models, monkeypatch):
+    """Garbage is not collected while runs are timed, and a GPU has no room for two of the largest."""
+    made = []
+    plain = shapes.FilledEngine.new_cache
+
+    def watched(engine, *sizes):
+        cache = plain(engine, *sizes)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(shapes.FilledEngine, "new_cache", watched)
+    pair, case = shapes.pair_of(models, compiled=False), Case(40, 2)
+    with steady():
+        shapes.speculative_rounds(pair, case, 3, SyntheticAcceptance([0.5]), rounds=2, seed=0)
+        shapes.forward_seconds(pair.target, case, (1, 2), 1)
+        shapes.draft_seconds(pair.drafter, case, 1)
+        shapes.step_seconds(pair, case, 2)
+        assert len(made) == 5 and not any(cache() for cache in made)
 
 
 def test_forwards_of_every_width_and_steps_are_timed(pair):
