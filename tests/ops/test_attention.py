@@ -25,6 +25,7 @@ BASE = {
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {}),
+    "llama-biased-tied": (hf.LlamaForCausalLM, hf.LlamaConfig, {"attention_bias": True, "tie_word_embeddings": True}),
     "llama-multi-head": (hf.LlamaForCausalLM, hf.LlamaConfig, {"num_key_value_heads": 4}),
     "llama-multi-query": (hf.LlamaForCausalLM, hf.LlamaConfig, {"num_key_value_heads": 1, "head_dim": 6}),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {}),
@@ -33,20 +34,35 @@ FAMILIES = {
         hf.Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
-    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {"head_dim": 8}),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {"head_dim": 12}),
+    "qwen3-sliding-biased": (
+        hf.Qwen3ForCausalLM,
+        hf.Qwen3Config,
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "attention_bias": True},
+    ),
     "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {"head_dim": 8, "sliding_window": 6}),
     "mistral-full": (hf.MistralForCausalLM, hf.MistralConfig, {"head_dim": 8, "sliding_window": None}),
     "gemma2": (
         hf.Gemma2ForCausalLM,
         hf.Gemma2Config,
-        {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+        {
+            "head_dim": 12,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 3.0,
+        },
     ),
     "gemma3": (
         hf.Gemma3ForCausalLM,
         hf.Gemma3TextConfig,
-        {"head_dim": 8, "sliding_window": 5, "layer_types": SLIDING},
+        {"head_dim": 12, "sliding_window": 5, "layer_types": SLIDING, "query_pre_attn_scalar": 20},
     ),
-    "granite": (hf.GraniteForCausalLM, hf.GraniteConfig, {"logits_scaling": 4.0}),
+    "granite": (
+        hf.GraniteForCausalLM,
+        hf.GraniteConfig,
+        {"logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7},
+    ),
     "cohere": (hf.CohereForCausalLM, hf.CohereConfig, {"logit_scale": 0.25}),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, {"num_key_value_heads": ...}),
     "gpt-neox": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, {"num_key_value_heads": ...}),
@@ -59,6 +75,9 @@ def build(name: str) -> torch.nn.Module:
     settings = {name: value for name, value in (BASE | extra).items() if value is not ...}  # ... is no such setting
     model = model_class(config_class(**settings)).eval()
     model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for weight in model.parameters():  # biases of zero and norms of one would hide that they are left out
+            weight += 0.1 * torch.randn_like(weight)
     return model
 
 
@@ -129,6 +148,30 @@ def test_a_mask_that_shows_the_future_is_noticed(rows, monkeypatch):
     monkeypatch.setattr(type(cache), "visible", lambda self, q, window=None: q.unsqueeze(2) * 0 == torch.zeros(14))
     block = engine.forward(cache, torch.tensor([rows[0][9:14]])).logits
     assert (block[0] - reference[9:14]).abs().max() > 1e-2
+
+
+WINDOWED = ("qwen2-sliding", "qwen3-sliding-biased", "mistral", "gemma2", "gemma3")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("name", "forget"),
+    [*((name, "window") for name in WINDOWED), ("gemma2", "softcap"), ("gemma3", "embedding scale")],
+)
+def test_what_a_family_has_beyond_attention_binds(rows, name, forget, monkeypatch):
+    """Negative control: without its windows, capped scores or scaled embedding a model would fail the tests above."""
+    model = build(name)
+    expected = own_logits(model, rows[0])
+    engine = Engine(model)
+    if forget == "window":
+        engine.windows = dict.fromkeys(engine.windows)
+    elif forget == "softcap":
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+    else:
+        monkeypatch.setattr(model.model.embed_tokens, "forward", lambda ids: model.model.embed_tokens.weight[ids])
+    found = engine.forward(engine.new_cache(1), torch.tensor([rows[0]])).logits[0]
+    assert (found - expected).abs().max() > 1e-3
 
 
 @torch.inference_mode()
