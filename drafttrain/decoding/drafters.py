@@ -34,12 +34,16 @@ class Setting:
         eos_ids: tokens that end a row.
         vocabulary: the target's; a drafter never proposes a token beyond it.
         capacity: the longest sequence that can occur, prompts included.
+        dtype: the target's; None where there is no target.
+        device: where the target reads its tokens; likewise.
     """
 
     sampling: Sampling
     eos_ids: frozenset[int]
     vocabulary: int
     capacity: int
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
 
 
 class Drafter(Protocol):
@@ -66,7 +70,7 @@ class Drafter(Protocol):
             resume: keep what was read before, where the prompts repeat it.
 
         Raises:
-            UserError: the run is longer than the drafter can be.
+            UserError: the run is longer than the drafter can be, or its target of another dtype or device.
         """
         ...
 
@@ -150,12 +154,7 @@ class ModelDrafter:
 
     def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
         """Read the prompts, each but its last token."""
-        most = self.engine.max_positions
-        if most is not None and setting.capacity > most:
-            raise UserError(
-                f"a sequence of up to {setting.capacity} tokens exceeds the {most} positions of {self.name}; "
-                "shorten the prompt or lower max_new_tokens"
-            )
+        self._check(setting)
         kept = committed.shared_with(self._committed) if resume else None
         self._setting = setting
         self._committed = committed
@@ -209,6 +208,20 @@ class ModelDrafter:
         self.cache.keep(rows)
         self._base = [self._base[row] for row in rows]
 
+    def _check(self, setting: Setting) -> None:
+        engine = self.engine
+        most = engine.max_positions
+        if most is not None and setting.capacity > most:
+            raise UserError(
+                f"a sequence of up to {setting.capacity} tokens exceeds the {most} positions of {self.name}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        if setting.dtype is not None and (setting.dtype, setting.device) != (engine.dtype, engine.device):
+            raise UserError(
+                f"the target computes in {setting.dtype} on {setting.device}, {self.name} in {engine.dtype} on "
+                f"{engine.device}; load both in one dtype and on one device"
+            )
+
     def _pending(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
         """What the cache has not read of each text: at least the last token."""
         unread = [self._readable(text[length:]) for text, length in zip(texts, self.cache.lengths, strict=True)]
@@ -222,6 +235,10 @@ class ModelDrafter:
         """The target may emit tokens that the drafter has no entry for: it reads them as its last one."""
         last = self.engine.entries - 1
         return [min(token, last) for token in tokens]
+
+
+_STOPPED = -1
+"""Read in place of a token where the rule stops."""
 
 
 class _Round:
@@ -248,9 +265,9 @@ class _Round:
     def run(self, tokens_BQ: Tensor, counts: list[int] | None, u_BK: Tensor | None) -> Draft:
         """Draft up to ``width`` tokens behind the pending ones; ``u_BK`` is needed to sample."""
         adaptive, single = self.rule.adaptive, len(self.limits) == 1 and self.check_every == 1
-        going_B = length_B = None  # for a single row the host knows
+        going_B = length_B = limits_B = None  # for a single row the host knows
         if self.ragged or (adaptive and not single):
-            length_B = torch.tensor(self.limits, device=tokens_BQ.device)
+            length_B = limits_B = torch.tensor(self.limits, device=tokens_BQ.device)
             going_B = length_B > 0
         if adaptive:
             self.rule.begin(len(self.limits))
@@ -267,11 +284,11 @@ class _Round:
             if adaptive and number < self.width:
                 stop_B = self._stop(number, tokens_BQ, output.hidden, logits_BKV, q_BKV)
                 if not single:
-                    going_B = self._going(going_B, stop_B, tokens_BQ[:, 0], number)
+                    going_B = self._going(going_B & (limits_B > number), stop_B, tokens_BQ[:, 0])
                     if number % self.check_every == 0 and not going_B.any():
                         break
                     length_B = length_B + going_B
-                elif (stop_B is not None and stop_B) or tokens_BQ.item() in self.eos_ids:
+                elif self._ends(stop_B, tokens_BQ[:, 0]):
                     break
         return Draft(
             torch.cat(drawn, 1),
@@ -308,10 +325,15 @@ class _Round:
         stop_B = self.rule.stop(Step(number, tokens_BK[:, 0], hidden_BKH[:, 0], scoring))
         return None if number < self.rule.min_length else stop_B
 
-    def _going(self, going_B: Tensor, stop_B: Tensor | None, tokens_B: Tensor, number: int) -> Tensor:
-        """Which rows draw another token."""
-        if self.ragged:
-            going_B = going_B & (torch.tensor(self.limits, device=going_B.device) > number)
+    def _ends(self, stop_B: Tensor | None, token_B: Tensor) -> bool:
+        """Whether the draft of a single row ends with the token just drawn: one read, of the token or of a stop."""
+        if stop_B is not None:
+            token_B = token_B.masked_fill(stop_B, _STOPPED)
+        token = token_B.item()
+        return token == _STOPPED or token in self.eos_ids
+
+    def _going(self, going_B: Tensor, stop_B: Tensor | None, tokens_B: Tensor) -> Tensor:
+        """Which rows draw another token, of those that their limits let."""
         for eos in self.eos_ids:
             going_B = going_B & (tokens_B != eos)
         return going_B if stop_B is None else going_B & ~stop_B

@@ -109,7 +109,8 @@ class Decoder:
             one completion a prompt, in order.
 
         Raises:
-            UserError: an empty prompt, a limit below 1, or more tokens than a model has positions.
+            UserError: an empty prompt, a limit below 1, more tokens than a model has positions, or a drafter of
+                another dtype or device.
         """
         prompts = [list(prompt) for prompt in prompts]
         if not prompts:
@@ -159,7 +160,11 @@ class Decoder:
             self.eos_ids,
             self.target.vocabulary,
             max(len(prompt) + row.limit for prompt, row in zip(committed.tokens, rows, strict=True)),
+            self.target.dtype,
+            self.target.device,
         )
+        if self.drafter:  # first, for it may refuse
+            self.drafter.start(committed, setting, resume)
         kept = committed.shared_with(self._committed) if resume else None
         if kept is None:
             width = 1 + (self.drafter.max_length if self.drafter else 0)
@@ -169,8 +174,6 @@ class Decoder:
         self._committed = committed  # from here on what the cache holds begins this text, even if a read fails
         unread = zip(committed.tokens, self._cache.lengths, strict=True)
         self.target.read(self._cache, [tokens[length:-1] for tokens, length in unread])
-        if self.drafter:
-            self.drafter.start(committed, setting, resume)
         if self.sampling.penalised:
             committed.seen_BV = seen_tokens(committed.tokens, self.target.vocabulary, self.target.device)
         if self.target.device.type == "cuda":
