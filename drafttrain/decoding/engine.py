@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from accelerate.utils import has_offloaded_params
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drafttrain.decoding.compiled import CompiledForward
@@ -47,13 +48,19 @@ class Engine:
         entries: token ids below this can be read.
 
     Raises:
-        UserError: the model has layers that cannot be rolled back (recurrent, chunked) or no such vocabulary.
+        UserError: the model has layers that cannot be rolled back (recurrent, chunked) or no such vocabulary, or its
+            parts are of unlike dtypes or lie on several devices without a device map.
     """
 
     def __init__(
         self, model: PreTrainedModel, vocabulary: int | None = None, chunk: int = 1024, compiled: bool = False
     ) -> None:
         config = model.config.get_text_config()
+        if model._is_stateful:  # families that say it in no list of layers, too
+            raise UserError(
+                f"{config.model_type} keeps a recurrent state, which cannot be rolled back after a rejected draft; "
+                "use a model whose layers are full or sliding-window attention"
+            )
         self.model = model
         self.config = config
         self.chunk = chunk
@@ -63,8 +70,10 @@ class Engine:
         self.groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
         self.softcap = getattr(config, "attn_logit_softcapping", None) is not None
         self._embedding = model.get_input_embeddings()
+        self._offloaded = has_offloaded_params(self._embedding)  # its weight is on no device until it is needed
         self.entries: int = self._embedding.weight.shape[0]
         self._head = model.get_output_embeddings()
+        _check_parts(model, self._embedding, self._head)
         self._shape = LogitShape.of(config)
         rows = self._head.weight.shape[0]
         self.vocabulary = rows if vocabulary is None else vocabulary
@@ -93,8 +102,10 @@ class Engine:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            dtypes = sorted({str(weight.dtype) for weight in self.model.parameters() if weight.is_floating_point()})
+            remedy = "take another family" if len(dtypes) == 1 else f"load it in one dtype, not {' and '.join(dtypes)}"
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{name} cannot be read by the bundled decoder ({reason}); take another family.") from error
+            raise UserError(f"{name} cannot be read by the bundled decoder ({reason}); {remedy}.") from error
         own_QV = own_QV.to(logits_QV.device).double()
         apart = (logits_QV.double() - own_QV).norm()
         spread = (own_QV - own_QV.mean(1, keepdim=True)).norm()
@@ -110,6 +121,8 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where tokens enter the model."""
+        if self._offloaded:
+            return torch.device(self._embedding._hf_hook.execution_device)
         return self._embedding.weight.device
 
     @property
@@ -120,6 +133,9 @@ class Engine:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence the model's positions allow, if it says so."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # beyond, a token turns otherwise, and those read before with it
+            return rope["original_max_position_embeddings"]
         return getattr(self.config, "max_position_embeddings", None)
 
     def new_cache(self, rows: int, capacity: int = 0) -> DenseCache:
@@ -196,6 +212,23 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, li
     if min(counts) == width:
         return torch.tensor(rows, device=device), None
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device), counts
+
+
+def _check_parts(model: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> None:
+    """Refuse a model that stops at its first forward because its parts do not fit together."""
+    name = type(model).__name__
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
+        raise UserError(
+            f"the weights of {name} lie on {' and '.join(devices)} without a device map; "
+            "move them to one device or load the model with a device_map."
+        )
+    first, last = embedding.weight.dtype, head.weight.dtype
+    if first != last and last in _WHOLE:  # else it is quantized
+        raise UserError(f"{name} has an embedding in {first} and a head in {last}; load it in one dtype.")
+
+
+_WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _last_real(hidden_BQH: Tensor, counts: Sequence[int] | None) -> Tensor:

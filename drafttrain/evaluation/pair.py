@@ -80,7 +80,7 @@ class Models:
     @property
     def device(self) -> torch.device:
         """Where the target reads its tokens."""
-        return self.target.model.get_input_embeddings().weight.device
+        return self.engines()[0].device
 
     @property
     def context(self) -> int:
@@ -91,7 +91,7 @@ class Models:
         """Engines of target and drafter; in another dtype than the models' they are made of copies.
 
         Raises:
-            UserError: there is no memory for the copies, or the models are quantized.
+            UserError: there is no memory for the copies, or the models are quantized or partly offloaded.
         """
         dtype = dtype or self.dtype
         if dtype not in self._engines:
@@ -230,6 +230,8 @@ def _check_made_for(path: str, target: Loaded, accept_new_target: bool) -> None:
 def _in_dtype(model: Any, dtype: str, device: torch.device) -> Any:
     if getattr(model, "is_quantized", False):
         raise UserError(f"a quantized target cannot be run in {dtype}.")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise UserError(f"a target whose weights are partly offloaded to memory or disk cannot be run in {dtype}.")
     needed = _parameters(model) * DTYPES[dtype].itemsize
     if needed > 0.8 * free_bytes(device):
         raise UserError(f"a copy in {dtype} needs {needed / 2**30:.1f} GiB, more than is free.")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from drafttrain.config import EvaluateConfig, Parsed
+from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import parse_method, resolved
 from drafttrain.errors import UserError
 from drafttrain.evaluation.inputs import Inputs, inputs_of
@@ -19,6 +20,7 @@ from drafttrain.evaluation.pair import head_names, speed_dtype, synthetic_of
 from drafttrain.evaluation.sweep import settings
 from drafttrain.evaluation.synthetic_study import NAME, work
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
+from drafttrain.models.drafters import without_storage
 from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_model_config, load_tokenizer
 from drafttrain.run_folder import RunFolder
 
@@ -54,11 +56,13 @@ def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
     """Path of the drafter, when it fits the target and the methods name nothing that is missing.
 
     Raises:
-        UserError: there is no drafter, it has another tokenizer, or a method is malformed or names a stranger,
-            or a class from outside that is not allowed or not to be had.
+        UserError: there is no drafter, it has another tokenizer, one of the two cannot be rolled back, or a method is
+            malformed or names a stranger, or a class from outside that is not allowed or not to be had.
     """
     recipe, run = parsed.recipe, RunFolder(parsed.run)
     path = drafter_path(recipe, run)
+    for config in _configs(recipe, path):
+        Engine(without_storage(config, recipe.target.trust_remote_code))
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
     check_same_tokenizer(target, load_tokenizer(path, None, recipe.target.trust_remote_code), path)
     _check_methods(methods, {"drafter", *head_names(run)}, parsed.allow_code)
@@ -67,12 +71,17 @@ def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
 
 def context_of(recipe: Any, path: str) -> int:
     """Tokens that both models can read and write together, by their configurations."""
+    configs = _configs(recipe, path)
+    return min(getattr(config.get_text_config(), "max_position_embeddings", _NO_LIMIT) for config in configs)
+
+
+def _configs(recipe: Any, path: str) -> list[Any]:
+    """Configurations of target and drafter."""
     target = recipe.target
-    configs = [
+    return [
         load_model_config(target.path, target.revision, target.trust_remote_code),
         load_model_config(path, None, target.trust_remote_code),
     ]
-    return min(getattr(config.get_text_config(), "max_position_embeddings", _NO_LIMIT) for config in configs)
 
 
 def _check_methods(methods: Sequence[str], members: set[str], allow_code: bool) -> None:

@@ -6,6 +6,7 @@ import transformers as hf
 
 from drafttrain.decoding.engine import Engine, pad
 from drafttrain.errors import UserError
+from drafttrain.models.drafters import without_storage
 from tests.conftest import build_llama, with_other_logits
 
 ROWS = [[5, 9, 3, 7, 2], [8, 1], [4, 4, 6]]
@@ -79,10 +80,65 @@ def test_decoding_puts_a_model_in_evaluation_mode(model):
     assert not model.training
 
 
-def test_layers_that_cannot_be_rolled_back_are_refused():
-    mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=2))
-    with pytest.raises(UserError, match="mamba"):
-        Engine(mamba)
+LINEAR = ["linear_attention", "full_attention"]
+ROLLED_BACK_NEVER = {
+    "mamba": lambda: hf.MambaConfig(num_hidden_layers=1),
+    "mamba2": lambda: hf.Mamba2Config(num_hidden_layers=1),
+    "falcon_mamba": lambda: hf.FalconMambaConfig(num_hidden_layers=1),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(num_hidden_layers=3),
+    "rwkv": lambda: hf.RwkvConfig(num_hidden_layers=1),
+    "jamba": lambda: hf.JambaConfig(num_hidden_layers=2, num_experts=2, attn_layer_period=2, attn_layer_offset=1),
+    "bamba": lambda: hf.BambaConfig(num_hidden_layers=2, attn_layer_indices=[1]),
+    "falcon_h1": lambda: hf.FalconH1Config(num_hidden_layers=1),
+    "qwen3_next": lambda: hf.Qwen3NextConfig(num_hidden_layers=2, layer_types=LINEAR, num_experts=2),
+    "qwen3_5_text": lambda: hf.Qwen3_5TextConfig(num_hidden_layers=2, layer_types=LINEAR),
+    "lfm2": lambda: hf.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+    "minimax": lambda: hf.MiniMaxConfig(num_hidden_layers=2, layer_types=LINEAR, num_local_experts=2),
+    "llama4_text": lambda: hf.Llama4TextConfig(num_hidden_layers=4, num_local_experts=1),
+}
+
+
+@pytest.mark.parametrize("family", ROLLED_BACK_NEVER)
+def test_layers_that_cannot_be_rolled_back_are_refused_by_their_family(family):
+    """Recurrent, hybrid, convolving and chunked ones."""
+    with pytest.raises(UserError, match=rf"^{family} .*cannot be rolled back.*; use a model whose layers"):
+        Engine(without_storage(ROLLED_BACK_NEVER[family]()))
+
+
+def test_parts_of_a_model_in_unlike_dtypes_are_refused_before_they_meet():
+    model = build_llama(40)
+    model.lm_head.to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM has an embedding in torch.float32 and a head in torch.bf"):
+        Engine(model)
+    model.lm_head.to(torch.float32)
+    model.model.layers[1].mlp.to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"load it in one dtype, not torch.bfloat16 and torch.float32\.$"):
+        Engine(model).checked()
+
+
+def test_parts_of_a_model_on_unlike_devices_are_refused_without_a_device_map():
+    model = build_llama(40)
+    model.model.layers[1].to("meta")
+    with pytest.raises(UserError, match="the weights of LlamaForCausalLM lie on cpu and meta without a device map"):
+        Engine(model)
+
+
+@torch.inference_mode()
+def test_positions_end_where_rotations_begin_to_depend_on_the_length_of_the_text():
+    """Read in two pieces, the first one short, a longer text would not be what the model reads."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 32, "pad_token_id": 0, "initializer_range": 0.2}
+    model = hf.Phi3ForCausalLM(hf.Phi3Config(**SMALL, **sizes, **lengths, rope_parameters=rope)).eval()
+    engine = Engine(model)
+    assert engine.max_positions == 16
+    tokens = torch.arange(20).unsqueeze(0)
+    for length, alike in ((16, True), (20, False)):
+        cache = engine.new_cache(1)
+        engine.forward(cache, tokens[:, :9], keep=None)
+        logits = engine.forward(cache, tokens[:, 9:length]).logits
+        assert ((logits - model(tokens[:, :length]).logits[:, 9:]).abs().max() < 1e-5) == alike
 
 
 def test_the_text_part_of_a_model_with_pictures_is_read():

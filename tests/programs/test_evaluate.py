@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
 from drafttrain.cli import main
 from drafttrain.decoding import loop
@@ -17,7 +18,7 @@ from drafttrain.evaluation.schema import AUTOREGRESSIVE, read_report, read_sampl
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig
 from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
 from drafttrain.models.loading import load_drafter
-from tests.conftest import build_llama, build_tokenizer
+from tests.conftest import VOCABULARY, build_llama, build_tokenizer
 
 SMALL = {
     "max_new_tokens": 16,
@@ -173,6 +174,17 @@ def test_batches_are_measured_too(files, tmp_path):
     assert report.of("temperature 1")[0].overall.prompts == 3
 
 
+def test_a_target_whose_weights_are_partly_on_disk_is_measured_and_no_proof_promised(files, tmp_path, capsys):
+    places = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = json.dumps({place: "disk" if "layers" in place else "cpu" for place in places})
+    argv = [*flags(files, tmp_path / "run", *BOTH[:1], '[{"temperature": 0}]'), "--target.device_map", device_map]
+    main(["evaluate", *argv, "--evaluate.methods", '["Model(drafter, length=2)"]'])
+    [_, row] = read_report(tmp_path / "run").methods
+    assert row.lossless[0].tier == "not checked" and "partly offloaded" in row.lossless[0].reason
+    assert row.lossless[1].passed
+    assert "partly offloaded" in refused(capsys, "lossless", *argv, "--method", "Model(drafter, length=2)")
+
+
 def accept_everything(monkeypatch):
     """Greedy verification that lets every drafted token through."""
     real = loop.verify_greedy
@@ -246,6 +258,27 @@ def test_a_drafter_of_another_vocabulary_is_refused(files, tmp_path, capsys):
     build_tokenizer(280).save_pretrained(other)
     argv = [*flags(files, tmp_path / "run"), "--drafter.path", str(other)]
     assert "another tokenizer" in refused(capsys, "evaluate", *argv)
+
+
+RECURRENT = {
+    "mamba": lambda: hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=2),
+    "llama4_text": lambda: hf.Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_local_experts=1, intermediate_size=16
+    ),
+}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("verb", ["evaluate", "lossless"])
+@pytest.mark.parametrize("part", ["target", "drafter"])
+def test_a_model_that_cannot_be_rolled_back_is_refused_in_a_sentence(files, tmp_path, capsys, family, verb, part):
+    folder = tmp_path / family
+    hf.AutoModelForCausalLM.from_config(RECURRENT[family]()).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    argv = [verb, *flags(files, tmp_path / "run"), f"--{part}.path", str(folder)]
+    for more in ("--plan",), ():
+        told = refused(capsys, *argv, *more)
+        assert told.startswith(f"drafttrain: {family} ") and "cannot be rolled back" in told
 
 
 def test_a_damaged_report_is_no_report(probe, tmp_path, capsys):
