@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drafttrain.config import TargetConfig, parse
@@ -58,6 +59,14 @@ def test_the_folder_loads_with_transformers_alone_and_computes_the_same(run, tar
     assert "reloaded and compared on 1024 tokens: largest logit difference 0" in capsys.readouterr().out
 
 
+assisted = pytest.mark.xfail(
+    transformers.__version__ == "5.15.0",
+    raises=RuntimeError,
+    reason="this transformers stops at the first draft that is rejected, of any assistant",
+)
+
+
+@assisted
 @pytest.mark.filterwarnings("ignore")
 def test_assisted_generation_of_transformers_takes_it_and_emits_the_targets_tokens(run, target):
     drafter = AutoModelForCausalLM.from_pretrained(exported(run, target, "transformers"))
@@ -69,6 +78,7 @@ def test_assisted_generation_of_transformers_takes_it_and_emits_the_targets_toke
     assert calls, "the drafter was not asked"
 
 
+@assisted
 @pytest.mark.filterwarnings("ignore")
 def test_assisted_generation_takes_it_though_the_vocabularies_are_padded_differently(run, tmp_path):
     wide = build_llama(len(TOKENIZER) + 24, layers=2)
