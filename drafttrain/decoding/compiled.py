@@ -96,6 +96,8 @@ class CompiledForward:
         slots = span.slots_BQ
         if slots is None:
             slots = torch.arange(span.start, span.start + span.width)
+        if tokens_BQ.stride() != (span.width, 1):  # of a slice; graphs take strides for sizes
+            tokens_BQ = tokens_BQ.clone(memory_format=torch.contiguous_format)
         return graph(tokens_BQ, slots, span.bound, cache.storages())
 
     def _compile(self, kind: Graph) -> Callable[..., tuple[Tensor, Tensor]]:

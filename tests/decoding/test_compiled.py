@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import transformers as hf
 
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
@@ -15,6 +14,7 @@ from drafttrain.decoding.stopping import Confidence
 from drafttrain.ops.sampling import Sampling
 from tests.conftest import build_llama
 from tests.decoding.support import pair
+from tests.ops.test_attention import build, own_logits
 
 ROUNDING = 1e-5  # of rotary embeddings and norms, which the library computes in float32
 
@@ -91,26 +91,25 @@ def test_a_batch_of_which_rows_leave_decodes_as_it_does_uncompiled():
     assert found[0] == found[1]
 
 
-SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config",
-    [
-        hf.Qwen2Config(**SIZES, num_hidden_layers=2, num_key_value_heads=2),
-        hf.Qwen3Config(**SIZES, num_hidden_layers=2, num_key_value_heads=1),
-        hf.MistralConfig(**SIZES, num_hidden_layers=2, num_key_value_heads=2, sliding_window=6),
-        hf.Gemma2Config(**SIZES, num_hidden_layers=2, num_key_value_heads=2, sliding_window=6),
-        hf.Gemma3TextConfig(**SIZES, num_hidden_layers=2, num_key_value_heads=2, sliding_window=6),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_families_compile(config):
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config).double().eval()
-    engines = Engine(model, compiled=True).checked(), Engine(copy.deepcopy(model))
-    pieces = [(tokens(1, width), None) for width in (1, 3, 1, 5, 1, 2)]
-    for mine, other in zip(*(read(engine, pieces, [[3, 1, 4]], "all") for engine in engines), strict=True):
-        assert torch.allclose(mine.logits, other.logits, atol=ROUNDING)
-    assert engines[0].compiled.graphs
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"])
+def test_families_compile_and_give_their_own_logits(name):
+    """In fp32: a ragged batch, a rejected block rolled back, a block and single steps behind it, windows binding."""
+    model = build(name)
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(0, 64, (length,), generator=generator).tolist() for length in (19, 8, 13)]
+    expected = [own_logits(model, row) for row in rows]
+    for lengths in ((19, 8, 13), (19,)):
+        engine = Engine(model, compiled=True).checked()
+        cache = engine.new_cache(len(lengths))
+        engine.read(cache, [row[:-6] for row in rows[: len(lengths)]])
+        engine.forward(cache, torch.full((len(lengths), 5), 7))
+        cache.rollback([length - 6 for length in lengths])
+        pieces = [slice(-6, -2), slice(-2, -1), slice(-1, None)]
+        found = [
+            engine.forward(cache, torch.tensor([row[piece] for row in rows[: len(lengths)]])).logits for piece in pieces
+        ]
+        assert engine.compiled.graphs
+        for row, logits in enumerate(torch.cat(found, 1)):
+            assert (logits - expected[row][-6:]).abs().max() < 1e-5
