@@ -23,6 +23,7 @@ from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws, sample
 from drafttrain.ops.sampling import Sampling, seen_along
+from drafttrain.ops.upload import upload
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class ModelDrafter:
         self._setting = setting
         self._committed = committed
         if kept is None:
+            self.cache = None  # its storage can serve again
             self.cache = self.engine.new_cache(len(committed.tokens), setting.capacity + 1)
         else:
             self.cache.rollback([min(length, keep) for length, keep in zip(self.cache.lengths, kept, strict=True)])
@@ -267,7 +269,7 @@ class _Round:
         adaptive, single = self.rule.adaptive, len(self.limits) == 1 and self.check_every == 1
         going_B = length_B = limits_B = None  # for a single row the host knows
         if self.ragged or (adaptive and not single):
-            length_B = limits_B = torch.tensor(self.limits, device=tokens_BQ.device)
+            length_B = limits_B = upload(self.limits, tokens_BQ.device)
             going_B = length_B > 0
         if adaptive:
             self.rule.begin(len(self.limits))

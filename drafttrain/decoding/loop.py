@@ -30,6 +30,7 @@ from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws
 from drafttrain.ops.sampling import Sampling, seen_along, seen_tokens
+from drafttrain.ops.upload import upload
 
 
 @dataclass
@@ -168,6 +169,7 @@ class Decoder:
         kept = committed.shared_with(self._committed) if resume else None
         if kept is None:
             width = 1 + (self.drafter.max_length if self.drafter else 0)
+            self._cache = None  # its storage can serve again
             self._cache = self.target.new_cache(len(rows), setting.capacity + width)
         else:
             self._cache.rollback([min(pair) for pair in zip(self._cache.lengths, kept, strict=True)])
@@ -193,9 +195,9 @@ class Decoder:
         """
         budget = [row.limit - len(row.tokens) - 1 for row in rows]
         draft = None
+        last_B1 = upload([tokens[-1:] for tokens in committed.tokens], self.target.device)
         if self.drafter and max(budget) > 0:
             draft = self.drafter.propose(committed, None, budget, draws).to(self.target.device)
-        last_B1 = torch.tensor([tokens[-1:] for tokens in committed.tokens], device=self.target.device)
         if draft is None:
             draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)

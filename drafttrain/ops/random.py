@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from drafttrain.ops.upload import upload
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -91,7 +93,7 @@ class Draws:
         first = columns[0]
         if all(column == first for column in columns):
             return table_BT[:, first : first + width]
-        index_BK = torch.tensor(columns, device=self.device).unsqueeze(1) + torch.arange(width, device=self.device)
+        index_BK = upload(columns, self.device).unsqueeze(1) + torch.arange(width, device=self.device)
         return table_BT.gather(1, index_BK)
 
     def keep(self, rows: Sequence[int]) -> None:
