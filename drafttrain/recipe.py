@@ -278,7 +278,7 @@ class EvaluateConfig:
     bootstrap: int = at_least(100, 2000)
     """resamples behind every interval"""
     compile: bool = False
-    """on a CPU: run target and drafter as compiled graphs, after a minute or so of compilation"""
+    """run target and drafter as graphs, compiled and on a GPU captured, after a minute or so of compilation"""
     tolerance: float = at_least(0.0, 4.0)
     """fp32 divergences pass when the top-1/top-2 gap is at most this times the measured logit noise"""
     synthetic_acceptance: list[float] | None = field(default=None, metadata={"low": 0.0, "high": 1.0})

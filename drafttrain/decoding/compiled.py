@@ -13,6 +13,7 @@ Prompts are read by the uncompiled path: there the arithmetic counts.
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,7 +28,7 @@ from drafttrain.ops.cache import DenseCache, GraphLayer
 if TYPE_CHECKING:
     from drafttrain.decoding.engine import Engine
 
-_ROWS, _WIDTH, _SLOTS, _BOUND = 3, 5, 256, 37
+STAND_IN_ROWS, STAND_IN_WIDTH, STAND_IN_BOUND, _SLOTS = 3, 5, 37, 256
 """Sizes that a graph is made on: different from each other, from 1, and from any that the model has."""
 
 
@@ -64,7 +65,7 @@ class CompiledForward:
 
     def __init__(self, engine: Engine) -> None:
         if engine.device.type != "cpu":
-            raise UserError("compiled decoding is for CPUs; leave evaluate.compile out on a GPU.")
+            raise UserError("models are compiled for CPUs and CUDA devices only; leave evaluate.compile out here.")
         self._engine = engine
         self._windows = dict(engine.windows)
         self.graphs: dict[Graph, Callable[..., tuple[Tensor, Tensor]]] = {}
@@ -129,9 +130,7 @@ class CompiledForward:
                 hidden_BQH = hidden_BQH[:, -1:]
             return hidden_BQH, engine.logits(hidden_BQH)
 
-        # Graphs are kept with the code object, which all functions made here would share; each gets one of its own.
-        forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
-        graph = torch.compile(forward, dynamic=True, fullgraph=True, options={"guard_filter_fn": _guards_of_shapes})
+        graph = compiled(forward)
         try:
             with torch._inductor.config.patch(freezing=True), attending(engine.config, FOLDED):
                 graph(*self._stand_ins(kind))
@@ -143,13 +142,13 @@ class CompiledForward:
 
     def _stand_ins(self, kind: Graph) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]]]:
         engine = self._engine
-        rows, width = 1 if kind.single else _ROWS, 1 if kind.narrow else _WIDTH
+        rows, width = 1 if kind.single else STAND_IN_ROWS, 1 if kind.narrow else STAND_IN_WIDTH
         cache = engine.new_cache(rows, _SLOTS)
         engine.forward(cache, torch.zeros(rows, 1, dtype=torch.int64), keep=None)  # allocates, without a graph
-        slots = torch.arange(_BOUND - width, _BOUND)
+        slots = torch.arange(STAND_IN_BOUND - width, STAND_IN_BOUND)
         if not kind.aligned:
             slots = slots.repeat(rows, 1)
-        return torch.zeros(rows, width, dtype=torch.int64), slots, _BOUND, cache.storages()
+        return torch.zeros(rows, width, dtype=torch.int64), slots, STAND_IN_BOUND, cache.storages()
 
 
 def _mask(positions_BQ: Tensor, bound: int, window: int | None, kind: Graph, engine: Engine) -> Tensor:
@@ -164,6 +163,16 @@ def _mask(positions_BQ: Tensor, bound: int, window: int | None, kind: Graph, eng
         visible_BQS = visible_BQS & (slots_S > query_BQ1 - window)
     mask_BQS = torch.zeros(visible_BQS.shape, dtype=engine.dtype, device=positions_BQ.device)
     return mask_BQS.masked_fill(~visible_BQS, -torch.inf).unsqueeze(1)
+
+
+def compiled(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A copy of a function, compiled whole, sizes being symbols.
+
+    Graphs are kept with the code object, which all copies would share; each gets one of its own.
+    """
+    code = function.__code__.replace(co_name=f"forward_{next(_numbers)}")
+    copy = types.FunctionType(code, function.__globals__, closure=function.__closure__)
+    return torch.compile(copy, dynamic=True, fullgraph=True, options={"guard_filter_fn": _guards_of_shapes})
 
 
 def _guards_of_shapes(guards: Sequence[object]) -> list[bool]:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drafttrain.decoding.compiled import CompiledForward
+from drafttrain.decoding.graphs import GraphForward
 from drafttrain.errors import UserError
 from drafttrain.models.logits import LogitShape
 from drafttrain.ops.attention import attending, layer_windows, prepare_mask
 from drafttrain.ops.cache import DenseCache
+from drafttrain.ops.upload import upload
 
 
 class Output(NamedTuple):
@@ -42,7 +44,8 @@ class Engine:
         model: a causal language model whose layers are full or sliding-window attention.
         vocabulary: logits beyond it are padding rows of the embedding and are cut off; None keeps all.
         chunk: prompts are read in pieces of this many tokens.
-        compiled: run short forwards as compiled graphs (on a CPU; the weights must not change any more).
+        compiled: run short forwards as graphs: compiled on a CPU (the weights must not change any more), captured on a
+            CUDA device.
 
     Attributes:
         entries: token ids below this can be read.
@@ -80,7 +83,9 @@ class Engine:
         if not 0 < self.vocabulary <= rows:
             raise UserError(f"a vocabulary of {self.vocabulary} tokens does not fit a model with {rows} output rows")
         self.body = model.get_decoder()
-        self.compiled = CompiledForward(self) if compiled else None
+        self.compiled: CompiledForward | GraphForward | None = None
+        if compiled:
+            self.compiled = GraphForward(self) if self.device.type == "cuda" else CompiledForward(self)
 
     @torch.inference_mode()
     def checked(self) -> Engine:
@@ -142,6 +147,8 @@ class Engine:
         """An empty cache for a batch, with room for ``capacity`` tokens a row before it grows."""
         if self.model.training:
             self.model.eval()
+        if isinstance(self.compiled, GraphForward):
+            return self.compiled.new_cache(rows, capacity)
         return DenseCache(self.layers, rows, self.device, capacity)
 
     def forward(
@@ -160,11 +167,13 @@ class Engine:
         """
         cache.open(tokens_BQ.shape[1])
         if self.compiled is not None and self.compiled.fits(cache, keep):
-            hidden_BKH, logits_BKV = self.compiled(cache, tokens_BQ, keep == "last" and counts is None)
-            cache.advance(counts)
-            if keep == "last" and counts is not None:
-                hidden_BKH, logits_BKV = _last_real(hidden_BKH, counts), _last_real(logits_BKV, counts)
-            return Output(logits_BKV, hidden_BKH)
+            found = self.compiled(cache, tokens_BQ, keep == "last" and counts is None)
+            if found is not None:
+                cache.advance(counts)
+                hidden_BKH, logits_BKV = found
+                if keep == "last" and counts is not None:
+                    hidden_BKH, logits_BKV = _last_real(hidden_BKH, counts), _last_real(logits_BKV, counts)
+                return Output(logits_BKV, hidden_BKH)
         positions_BQ = cache.query_positions()
         masks = {
             kind: prepare_mask(cache, positions_BQ, self.dtype, self.groups, window, self.softcap)
@@ -210,8 +219,8 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, li
     counts = [len(row) for row in rows]
     width = max(counts)
     if min(counts) == width:
-        return torch.tensor(rows, device=device), None
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device), counts
+        return upload(rows, device), None
+    return upload([[*row, *[0] * (width - len(row))] for row in rows], device), counts
 
 
 def _check_parts(model: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> None:
@@ -234,5 +243,5 @@ _WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _last_real(hidden_BQH: Tensor, counts: Sequence[int] | None) -> Tensor:
     if counts is None:
         return hidden_BQH[:, -1:]
-    index_B = torch.tensor([max(count - 1, 0) for count in counts], device=hidden_BQH.device)
+    index_B = upload([max(count - 1, 0) for count in counts], hidden_BQH.device)
     return hidden_BQH[torch.arange(len(counts), device=hidden_BQH.device), index_B].unsqueeze(1)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from drafttrain.ops.upload import upload
+
 
 class Span:
     """Where one forward pass writes: shared by all layers of a cache.
@@ -44,21 +46,62 @@ class Span:
         return self._indices[device]
 
 
+class Storage:
+    """Keys and values of all layers, allocated as they are first written. It may outlive a cache and serve the next.
+
+    Args:
+        layers: number of attention layers.
+        rows: of every tensor.
+        slots: of every row.
+
+    Attributes:
+        tensors: keys and values of each layer, [B, N, S, D]; None where nothing has been written.
+    """
+
+    def __init__(self, layers: int, rows: int, slots: int) -> None:
+        self.rows, self.slots = rows, slots
+        self.tensors: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def layer(self, index: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's tensors. Zeros, not garbage: a masked slot is multiplied by 0, which a NaN would survive."""
+        if self.tensors[index] is None:
+            self.tensors[index] = tuple(
+                states.new_zeros(self.rows, states.shape[1], self.slots, states.shape[3])
+                for states in (key_states, value_states)
+            )
+        return self.tensors[index]
+
+    def grow(self, slots: int) -> None:
+        """Have more slots from now on; the layers' tensors follow one by one, by `move`."""
+        self.slots = slots
+
+    def move(self, index: int, used: int) -> tuple[Tensor, Tensor] | None:
+        """Move a layer to tensors of the present number of slots, copying the first ``used``."""
+        if self.tensors[index] is not None:
+            self.tensors[index] = tuple(_resized(old, self.slots, used) for old in self.tensors[index])
+        return self.tensors[index]
+
+
+def _resized(old: Tensor, slots: int, used: int) -> Tensor:
+    new = old.new_zeros(old.shape[0], old.shape[1], slots, old.shape[3])
+    new.narrow(2, 0, used).copy_(old.narrow(2, 0, used))
+    return new
+
+
 class DenseLayer(CacheLayerMixin):
     """Keys and values of one layer, [B, N, S, D], allocated at the first write on the device of the layer."""
 
     is_sliding = False  # sliding layers are stored in full and masked, so that they can be rolled back
 
-    def __init__(self, cache: DenseCache) -> None:
+    def __init__(self, cache: DenseCache, index: int) -> None:
         super().__init__()
         # A cycle would keep the storage until garbage is collected, which while runs are timed it is not.
         self._cache = weakref.proxy(cache)
+        self._index = index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate. Zeros, not garbage: a masked slot is multiplied by 0, which a NaN would survive."""
-        rows, slots = self._cache.allocated_rows, self._cache.slots
-        self.keys = key_states.new_zeros(rows, key_states.shape[1], slots, key_states.shape[3])
-        self.values = value_states.new_zeros(rows, value_states.shape[1], slots, value_states.shape[3])
+        """Take the layer's part of the storage."""
+        self.keys, self.values = self._cache.storage.layer(self._index, key_states, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kw: object) -> tuple[Tensor, Tensor]:
@@ -78,15 +121,11 @@ class DenseLayer(CacheLayerMixin):
             values[rows_B1, :, slots_BQ] = value_states.transpose(1, 2)
         return keys.narrow(2, 0, span.bound), values.narrow(2, 0, span.bound)
 
-    def resize(self, slots: int, used: int) -> None:
-        """Move to a storage of more slots, copying the first ``used``."""
-        if not self.is_initialized:
-            return
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            new = old.new_zeros(old.shape[0], old.shape[1], slots, old.shape[3])
-            new.narrow(2, 0, used).copy_(old.narrow(2, 0, used))
-            setattr(self, name, new)
+    def resize(self, used: int) -> None:
+        """Follow a storage that has grown; the first ``used`` slots are kept."""
+        moved = self._cache.storage.move(self._index, used)
+        if self.is_initialized:
+            self.keys, self.values = moved
 
     def copy_row(self, source: int, target: int, used: int) -> None:
         """Overwrite one row by another."""
@@ -119,12 +158,12 @@ class GraphLayer(CacheLayerMixin):
     Args:
         keys, values: storage [B, N, S, D] of the active rows.
         slots: int64 slots to write, [Q] for all rows alike or [B, Q].
-        bound: slots to read.
+        bound: slots to read; None reads all.
     """
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, bound: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, bound: int | None) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
         self._slots, self._bound = slots, bound
@@ -144,7 +183,7 @@ class GraphLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Readable slots and their offset."""
-        return self._bound, 0
+        return self._bound or self.keys.shape[2], 0
 
     def get_seq_length(self) -> int:
         """Not asked for: positions and masks are given."""
@@ -167,19 +206,28 @@ class DenseCache(Cache):
         device: where positions and masks are made (each layer's storage follows its own keys).
         capacity: slots to allocate at once; more are added by blocks.
         block: slots are a multiple of it.
+        storage: to be used instead of one of its own, with as many rows at least.
     """
 
-    def __init__(self, layers: int, rows: int, device: torch.device, capacity: int = 0, block: int = 256) -> None:
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        device: torch.device,
+        capacity: int = 0,
+        block: int = 256,
+        storage: Storage | None = None,
+    ) -> None:
         self.lengths = [0] * rows
-        self.allocated_rows = rows
         self.block = block
-        self.slots = max(block, _round_up(capacity, block))
+        self.storage = storage or Storage(layers, rows, max(block, _round_up(capacity, block)))
+        self.slots = self.storage.slots
         self.device = device
         self.span = Span(self.lengths, 0, None)
         # Position of each slot [1 or B, S]; one row serves all while no slot has been dropped.
         self.positions_BS = torch.arange(self.slots, device=device).unsqueeze(0)
         self._lengths_B: Tensor | None = None
-        super().__init__(layers=[DenseLayer(self) for _ in range(layers)])
+        super().__init__(layers=[DenseLayer(self, index) for index in range(layers)])
 
     @property
     def rows(self) -> int:
@@ -286,7 +334,7 @@ class DenseCache(Cache):
         """Keys and values [B, N, S, D] of the active rows, layer by layer; None before anything was written."""
         if not self.layers[-1].is_initialized:
             return None
-        if self.rows == self.allocated_rows:
+        if self.rows == self.storage.rows:
             return [(layer.keys, layer.values) for layer in self.layers]
         return [(layer.keys[: self.rows], layer.values[: self.rows]) for layer in self.layers]
 
@@ -297,13 +345,14 @@ class DenseCache(Cache):
 
     def _device_lengths(self) -> Tensor:
         if self._lengths_B is None:
-            self._lengths_B = torch.tensor(self.lengths, device=self.device)
+            self._lengths_B = upload(self.lengths, self.device)
         return self._lengths_B
 
     def _grow(self, needed: int) -> None:
         slots = _round_up(max(needed, self.slots + self.slots // 2), self.block)
+        self.storage.grow(slots)
         for layer in self.layers:
-            layer.resize(slots, max(self.lengths))
+            layer.resize(max(self.lengths))
         extra = torch.arange(1, slots - self.slots + 1, device=self.device)
         self.positions_BS = torch.cat([self.positions_BS, self.positions_BS[:, -1:] + extra], dim=1)
         self.slots = slots
