@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 
 _LEAST_SLOTS = 256
 
+_MOST_GRAPHS = 64
+"""Of one storage; beyond, the one that was not used for longest is given up."""
+
 
 class Recording(NamedTuple):
     """A captured forward.
@@ -251,14 +254,17 @@ class GraphForward:
         if shape not in self._inputs:
             self._inputs[shape] = Inputs(*shape, self._engine.device)
         self._inputs[shape].load(cache, tokens_BQ)
-        recording = storage.graphs.get(key)
+        recording = storage.graphs.pop(key, None)
         if recording is None:
             try:
-                recording = storage.graphs[key] = self._record(key, storage)
+                recording = self._record(key, storage)
             except Exception as error:  # the model's code, its compiler and CUDA have no common one
                 self.refused = True
                 self._tell("cannot be captured as CUDA graphs and decodes eagerly, which is slower", error)
                 return None
+        storage.graphs[key] = recording  # as the one used last
+        if len(storage.graphs) > _MOST_GRAPHS:
+            del storage.graphs[next(iter(storage.graphs))]
         recording.replay()
         return tuple(output[: span.rows].clone() for output in recording.outputs)
 

@@ -195,9 +195,9 @@ class Decoder:
         """
         budget = [row.limit - len(row.tokens) - 1 for row in rows]
         draft = None
-        last_B1 = upload([tokens[-1:] for tokens in committed.tokens], self.target.device)
         if self.drafter and max(budget) > 0:
             draft = self.drafter.propose(committed, None, budget, draws).to(self.target.device)
+        last_B1 = upload([tokens[-1:] for tokens in committed.tokens], self.target.device)
         if draft is None:
             draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
@@ -216,8 +216,10 @@ class Decoder:
             reply = torch.cat([accepted_B1, verdict.emitted], 1).tolist()
             return [[accepted, *known, *tokens] for accepted, *tokens in reply]
         counts = [draft.width if draft.length_B is None else draft.length_B, *draft.forwards.values()]
-        columns = [torch.as_tensor(count, device=accepted_B1.device).expand(len(accepted_B1)) for count in counts]
-        return torch.cat([accepted_B1, torch.stack(columns, 1), verdict.emitted], 1).tolist()
+        columns = [
+            torch.full_like(accepted_B1, count) if isinstance(count, int) else count.unsqueeze(1) for count in counts
+        ]
+        return torch.cat([accepted_B1, *columns, verdict.emitted], 1).tolist()
 
     def _no_draft(self, rows: int) -> Draft:
         if self._empty is None or len(self._empty.tokens_BK) != rows:

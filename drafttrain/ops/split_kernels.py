@@ -162,46 +162,47 @@ def launch(query: Tensor, keys: Tensor, values: Tensor, reach: Tensor, scale: fl
     sums = query.new_empty(*shape, size, dtype=torch.float32)
     tops, masses = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
     out = query.new_empty(rows, width, heads, size)
-    _attend[(rows * key_heads, splits, tiles)](
-        query,
-        keys,
-        values,
-        reach,
-        sums,
-        tops,
-        masses,
-        scale,
-        softcap,
-        *query.stride()[:3],
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        key_heads,
-        groups,
-        width,
-        splits,
-        SIZE=size,
-        BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        BLOCK_S=block_s,
-        CAPPED=softcap > 0,
-        WIDEN=query.dtype == torch.bfloat16 and query.device.type == "cpu",  # the interpreter cannot multiply it
-        num_warps=4,
-        num_stages=3 if block_r <= 32 else 2,  # as many as the shared memory of smaller devices holds
-    )
-    _merge[(rows * key_heads, groups * width)](
-        sums,
-        tops,
-        masses,
-        out,
-        key_heads,
-        groups,
-        width,
-        splits,
-        SIZE=size,
-        BLOCK_P=triton.next_power_of_2(splits),
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(query):
+        _attend[(rows * key_heads, splits, tiles)](
+            query,
+            keys,
+            values,
+            reach,
+            sums,
+            tops,
+            masses,
+            scale,
+            softcap,
+            *query.stride()[:3],
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            key_heads,
+            groups,
+            width,
+            splits,
+            SIZE=size,
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+            BLOCK_S=block_s,
+            CAPPED=softcap > 0,
+            WIDEN=query.dtype == torch.bfloat16 and query.device.type == "cpu",  # the interpreter cannot multiply it
+            num_warps=4,
+            num_stages=3 if block_r <= 32 else 2,  # as many as the shared memory of smaller devices holds
+        )
+        _merge[(rows * key_heads, groups * width)](
+            sums,
+            tops,
+            masses,
+            out,
+            key_heads,
+            groups,
+            width,
+            splits,
+            SIZE=size,
+            BLOCK_P=triton.next_power_of_2(splits),
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
     return out
 
 

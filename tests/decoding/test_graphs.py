@@ -176,6 +176,34 @@ def test_a_sequence_may_outgrow_its_storage(split):
         assert torch.allclose(mine, other, atol=ROUNDING)
 
 
+@torch.inference_mode()
+def test_rows_that_fill_up_a_batch_write_nothing_beyond_their_storage(split):
+    """They have no length of their own, nor that of a longer batch which the same buffers served before."""
+    model = pair()[0]
+    engine, plain = captured(model), Engine(model)
+    longer = engine.new_cache(6, 400)
+    engine.read(longer, [[1, 2, 3] * 100] * 6)
+    engine.forward(longer, torch.ones(6, 1, dtype=torch.int64))
+    logits = []
+    for each in (engine, plain):
+        cache = each.new_cache(5, 20)
+        each.read(cache, [[1, 2], [3], [4], [5], [6, 7, 8]])
+        logits.append(each.forward(cache, torch.ones(5, 1, dtype=torch.int64)).logits)
+    assert torch.allclose(*logits, atol=ROUNDING)
+
+
+@torch.inference_mode()
+def test_only_so_many_graphs_are_kept_those_used_last(monkeypatch):
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 2)
+    engine = captured(pair()[0])
+    cache = engine.new_cache(1)
+    engine.read(cache, [[1]])
+    for width in (1, 2, 1, 3, 1):
+        engine.forward(cache, torch.ones(1, width, dtype=torch.int64))
+    assert [key.width for key in cache.storage.graphs] == [3, 1]
+    assert engine.compiled.captured == 3
+
+
 def test_a_chat_goes_on_in_its_storage(split):
     models = pair()
     texts = []
