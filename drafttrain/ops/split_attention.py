@@ -111,8 +111,7 @@ def split_attention_reference(
     position_BR1 = (first_B1 + token_R).unsqueeze(2)
     seen_BRS = (slots_S <= position_BR1) & (slots_S > position_BR1 - window_B1.unsqueeze(2))
 
-    live_B1S1 = live_BS[:, None, :, None]
-    q, k, v = (x.to(wide) for x in (query, keys.where(live_B1S1, 0), values.where(live_B1S1, 0)))
+    q, k, v = (x.to(wide) for x in (query, keys, values.where(live_BS[:, None, :, None], 0)))
     q = q.reshape(batch, key_heads, -1, size)
     scores = q @ k.transpose(2, 3) * scale
     if softcap:

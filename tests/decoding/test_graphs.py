@@ -190,6 +190,7 @@ def test_rows_that_fill_up_a_batch_write_nothing_beyond_their_storage(split):
         each.read(cache, [[1, 2], [3], [4], [5], [6, 7, 8]])
         logits.append(each.forward(cache, torch.ones(5, 1, dtype=torch.int64)).logits)
     assert torch.allclose(*logits, atol=ROUNDING)
+    assert not engine.compiled.refused
 
 
 @torch.inference_mode()
