@@ -221,7 +221,7 @@ class GraphForward:
     def new_cache(self, rows: int, capacity: int) -> DenseCache:
         """An empty cache whose storage is lent from the pool."""
         engine = self._engine
-        storage = self.pool.take(filled(rows), filled(max(capacity, _LEAST_SLOTS)))
+        storage = self.pool.take(filled(rows), slots_for(capacity))
         cache = DenseCache(engine.layers, rows, engine.device, storage=storage)
         weakref.finalize(cache, self.pool.give, storage).atexit = False
         return cache
@@ -383,17 +383,29 @@ def folded_mask(positions_BQ: Tensor, bound: int, window: int | None, groups: in
     return mask_BQS.masked_fill_(~visible_BQS, -torch.inf).unsqueeze(1)
 
 
-def filled(size: int) -> int:
-    """Rows or slots filled up to the next of 1, 2, 3, 4, 6, 8, 12, 16, ...: two sizes an octave, a third more at most.
+def filled(rows: int) -> int:
+    """Rows filled up to the next of 1, 2, 3, 4, 6, 8, 12, 16, ...: two sizes an octave.
 
     Example:
-        >>> filled(5), filled(13), filled(1100)
-        (6, 16, 1536)
+        >>> filled(5), filled(13)
+        (6, 16)
     """
-    power = _power(size)
+    power = _power(rows)
     between = power * 3 // 4
-    return between if size <= between else power
+    return between if rows <= between else power
+
+
+def slots_for(capacity: int) -> int:
+    """Slots of a storage for so many tokens: eight sizes an octave, as long storages fill the memory of a device.
+
+    Example:
+        >>> slots_for(20), slots_for(1100), slots_for(33_000)
+        (256, 1280, 36864)
+    """
+    step = max(_LEAST_SLOTS, _power(capacity) // 16)
+    return -(-max(capacity, 1) // step) * step
 
 
 def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+    """The least power of two that is no less."""
+    return 1 << max(size - 1, 0).bit_length()

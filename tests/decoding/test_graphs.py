@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from drafttrain.decoding import graphs
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
-from drafttrain.decoding.graphs import GraphForward, Recording, StoragePool, filled
+from drafttrain.decoding.graphs import GraphForward, Recording, StoragePool, filled, slots_for
 from drafttrain.decoding.loop import Conversation, Decoder
 from drafttrain.decoding.stopping import Confidence
 from drafttrain.ops.sampling import Sampling
@@ -333,7 +333,9 @@ def test_an_engine_that_is_dropped_frees_its_storages_at_once():
 
 
 @settings(deadline=None)
-@given(st.integers(1, 10_000))
-def test_sizes_are_filled_up_by_less_than_half(size):
-    assert size <= filled(size) <= max(size * 3 / 2, 2)
-    assert filled(filled(size)) == filled(size)
+@given(st.integers(1, 10_000), st.integers(0, 200_000))
+def test_sizes_are_filled_up_by_little(rows, capacity):
+    assert rows <= filled(rows) <= max(rows * 3 / 2, 2)
+    assert filled(filled(rows)) == filled(rows)
+    assert capacity <= slots_for(capacity) <= max(capacity * 9 / 8, capacity + 256)
+    assert slots_for(slots_for(capacity)) == slots_for(capacity)
