@@ -253,9 +253,8 @@ def test_kernels_that_do_not_run_are_done_without(caplog, monkeypatch):
 
 
 def test_layers_on_several_devices_are_not_captured(caplog):
-    model = pair()[0]
-    model.lm_head.to("meta")
-    engine = Engine(model)
+    engine = Engine(pair()[0])
+    engine.model.lm_head.to("meta")  # a second device
     assert GraphForward(engine).refused
     assert "several devices" in caplog.text
 
