@@ -202,6 +202,10 @@ class Run:
             except UserError as error:
                 self.notes.append(f"{mode}: not measured ({error})")
                 del pairs[mode]
+                continue
+            if pair.refused:
+                self.notes.append(f"{mode}: not measured, a model could not be captured (the log says why)")
+                del pairs[mode]
         modes = list(pairs)
         with steady():
             for repeat in range(self.counts["repeats"]):

@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import Drafter, ModelDrafter, Setting
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.graphs import GraphForward
 from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.evaluation.environment import streamed_bytes
@@ -143,6 +144,12 @@ class Pair:
     def device(self) -> torch.device:
         """Of both."""
         return self.target.device
+
+    @property
+    def refused(self) -> bool:
+        """Whether a model that was to run as graphs could not be captured, and is read eagerly."""
+        graphs = [each.compiled for each in (self.target, self.drafter)]
+        return any(isinstance(each, GraphForward) and each.refused for each in graphs)
 
     def bytes_of_step(self, case: Case) -> int:
         """Bytes that an autoregressive step has to read: the weights once, keys and values of every row."""

@@ -82,6 +82,7 @@ class Places(TorchFunctionMode):
         wanted = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if function is torch.Tensor.to and isinstance(args[-1], str | torch.device):
             wanted, args = torch.device(args[-1]), (args[0], self.CPU)
+        kwargs.pop("pin_memory", None)  # which needs an accelerator
         if "device" in kwargs:
             kwargs["device"] = self.CPU
         if wanted is not None:
