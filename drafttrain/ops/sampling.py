@@ -78,7 +78,9 @@ class Sampling:
             return logits_BKV.argmax(-1)
         # NumPy, which has no bfloat16, searches a row up to ten times faster than torch.
         wide_BKV = logits_BKV if logits_BKV.dtype == torch.float32 else widened(logits_BKV)
-        return torch.as_tensor(wide_BKV.detach().numpy().argmax(-1))
+        if wide_BKV.requires_grad:
+            wide_BKV = wide_BKV.detach()
+        return torch.from_numpy(np.asarray(wide_BKV.numpy().argmax(-1)))
 
     def probabilities(self, logits_BKV: Tensor, seen_BKV: Tensor | None = None) -> Tensor:
         """The distribution the next token is drawn from.
