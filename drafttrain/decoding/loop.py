@@ -25,7 +25,7 @@ from drafttrain.decoding.drafters import Drafter, Setting
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.decoding.synthetic import SyntheticAcceptance
-from drafttrain.decoding.verify import Verdict, verify_greedy, verify_sampled
+from drafttrain.decoding.verify import Verdict, accepted_greedily, verify_greedy, verify_sampled
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws
@@ -201,33 +201,56 @@ class Decoder:
         if draft is None:
             draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
-        verdict = self._verify(self.target.forward(self._cache, block).logits, committed, draft, draws)
+        logits = self.target.forward(self._cache, block).logits
+        if self.sampling.greedy and self.synthetic is None:
+            return draft, self._compare(draft, self.sampling.choose(logits, self._seen(committed, draft)))
+        verdict = self._verify(logits, committed, draft, draws)
         if self.synthetic is not None and draft.width:
             verdict = self.synthetic.exchange(verdict, draft, draws.at("synthetic", committed.lengths, draft.width))
-        return draft, self._read(draft, verdict)
+        return draft, self._outcome(draft, verdict)
 
-    def _read(self, draft: Draft, verdict: Verdict) -> list[list[int]]:
-        """The one read from the device of a round."""
+    def _compare(self, draft: Draft, choice: Tensor) -> list[list[int]]:
+        """Greedy verification: tokens are compared where they are read, which takes the device no operations."""
+        if draft.width == 0:
+            return [[0, 0, token] for (token,) in choice.tolist()]
+        members, width = len(draft.forwards), draft.width
+        reply = []
+        for drafted, *rest in self._read(draft, draft.tokens_BK, choice):
+            tokens, chosen = rest[members : members + drafted], rest[members + width :]
+            reply.append([accepted_greedily(tokens, chosen), drafted, *rest[:members], *chosen])
+        return reply
+
+    def _outcome(self, draft: Draft, verdict: Verdict) -> list[list[int]]:
+        """What was verified on the device."""
         if draft.width == 0:
             return [[0, 0, token] for (token,) in verdict.emitted.tolist()]
-        accepted_B1 = verdict.accepted_B.unsqueeze(1)
+        members = len(draft.forwards)
+        reply = self._read(draft, verdict.accepted_B.unsqueeze(1), verdict.emitted)
+        return [[rest[members], drafted, *rest[:members], *rest[members + 1 :]] for drafted, *rest in reply]
+
+    def _read(self, draft: Draft, *found: Tensor) -> list[list[int]]:
+        """The one read from the device of a round: in each row tokens drafted, forwards by member, and ``found``."""
         if draft.length_B is None and all(isinstance(count, int) for count in draft.forwards.values()):
             known = [draft.width, *draft.forwards.values()]
-            reply = torch.cat([accepted_B1, verdict.emitted], 1).tolist()
-            return [[accepted, *known, *tokens] for accepted, *tokens in reply]
+            return [[*known, *row] for row in torch.cat(found, 1).tolist()]
         counts = [draft.width if draft.length_B is None else draft.length_B, *draft.forwards.values()]
         columns = [
-            torch.full_like(accepted_B1, count) if isinstance(count, int) else count.unsqueeze(1) for count in counts
+            torch.full_like(found[0][:, :1], count) if isinstance(count, int) else count.unsqueeze(1)
+            for count in counts
         ]
-        return torch.cat([accepted_B1, *columns, verdict.emitted], 1).tolist()
+        return torch.cat([*columns, *found], 1).tolist()
 
     def _no_draft(self, rows: int) -> Draft:
         if self._empty is None or len(self._empty.tokens_BK) != rows:
             self._empty = Draft.empty(rows, self.target.device)
         return self._empty
 
+    def _seen(self, committed: Committed, draft: Draft) -> Tensor | None:
+        """For a penalty: the tokens before each of the block's."""
+        return None if committed.seen_BV is None else seen_along(committed.seen_BV, draft.tokens_BK)
+
     def _verify(self, logits: Tensor, committed: Committed, draft: Draft, draws: Draws) -> Verdict:
-        seen = seen_along(committed.seen_BV, draft.tokens_BK) if committed.seen_BV is not None else None
+        seen = self._seen(committed, draft)
         if self.sampling.greedy:
             return verify_greedy(self.sampling.choose(logits, seen), draft)
         starts, width = committed.lengths, draft.width

@@ -10,6 +10,7 @@ with probability p(x), else p without x. If all are accepted the target draws a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,11 @@ def verify_greedy(choice: Tensor, draft: Draft) -> Verdict:
     if draft.width == 0:
         return Verdict(choice.new_zeros(len(choice)), choice)
     return Verdict(leading(draft.tokens_BK == choice[:, :-1], draft), choice)
+
+
+def accepted_greedily(drafted: Sequence[int], choice: Sequence[int]) -> int:
+    """`verify_greedy` of a row that has been read: how many leading drafted tokens the target chose too."""
+    return next((place for place, token in enumerate(drafted) if token != choice[place]), len(drafted))
 
 
 def verify_sampled(p: Tensor, draft: Draft, u_accept_BK: Tensor, u_next: Tensor) -> Verdict:

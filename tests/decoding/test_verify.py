@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.decoding.draft import Draft
-from drafttrain.decoding.verify import verify_greedy, verify_sampled
+from drafttrain.decoding.verify import accepted_greedily, verify_greedy, verify_sampled
 from drafttrain.ops.random import sample, uniform
 from tests.decoding.support import FALSE_ALARM, p_value
 
@@ -172,6 +172,7 @@ def test_greedy_accepts_the_longest_common_prefix(drafted_tokens, length, accept
     verdict = verify_greedy(choice, draft)
     assert verdict.accepted_B.tolist() == [accepted]
     assert torch.equal(verdict.emitted, choice)
+    assert accepted_greedily(drafted_tokens[0][: 3 if length is None else length[0]], choice[0].tolist()) == accepted
 
 
 def test_a_round_without_draft_is_one_target_token():
