@@ -89,12 +89,13 @@ def test_a_round_waits_for_the_device_once():
     for prompts in ([[1, 5, 3]], [[1, 5, 3], [2], [7, 8]]):
         decoder = Decoder(target, ModelDrafter(drafter, 4), Sampling(0.0))
         decoder.generate(prompts, 40)
-        read = decoder._read
+        read, reads = decoder._read, []
 
-        def watched_read(draft, verdict, read=read):
+        def watched_read(draft, *found, read=read, reads=reads):
             torch.cuda.set_sync_debug_mode("default")
-            reply = read(draft, verdict)
-            torch.cuda.set_sync_debug_mode("error")
+            reply = read(draft, *found)
+            torch.cuda.set_sync_debug_mode("error")  # from here on, waiting raises
+            reads.append(reply)
             return reply
 
         decoder._read = watched_read
@@ -106,6 +107,9 @@ def test_a_round_waits_for_the_device_once():
 
         decoder._start = unwatched_start
         try:
-            decoder.generate(prompts, 40)
+            completions = decoder.generate(prompts, 40)
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                torch.ones(1, device="cuda").item()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert 0 < len(reads) <= max(each.counts.rounds for each in completions)
