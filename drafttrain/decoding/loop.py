@@ -212,7 +212,7 @@ class Decoder:
     def _compare(self, draft: Draft, choice: Tensor) -> list[list[int]]:
         """Greedy verification: tokens are compared where they are read, which takes the device no operations."""
         if draft.width == 0:
-            return [[0, 0, token] for (token,) in choice.tolist()]
+            return [[0, 0, token] for (token,) in self._read(draft, choice)]
         members, width = len(draft.forwards), draft.width
         reply = []
         for drafted, *rest in self._read(draft, draft.tokens_BK, choice):
@@ -223,13 +223,18 @@ class Decoder:
     def _outcome(self, draft: Draft, verdict: Verdict) -> list[list[int]]:
         """What was verified on the device."""
         if draft.width == 0:
-            return [[0, 0, token] for (token,) in verdict.emitted.tolist()]
+            return [[0, 0, token] for (token,) in self._read(draft, verdict.emitted)]
         members = len(draft.forwards)
         reply = self._read(draft, verdict.accepted_B.unsqueeze(1), verdict.emitted)
         return [[rest[members], drafted, *rest[:members], *rest[members + 1 :]] for drafted, *rest in reply]
 
     def _read(self, draft: Draft, *found: Tensor) -> list[list[int]]:
-        """The one read from the device of a round: in each row tokens drafted, forwards by member, and ``found``."""
+        """The one read from the device of a round: in each row tokens drafted, forwards by member, and ``found``.
+
+        Without a draft it is what was found alone.
+        """
+        if draft.width == 0:
+            return found[0].tolist()
         if draft.length_B is None and all(isinstance(count, int) for count in draft.forwards.values()):
             known = [draft.width, *draft.forwards.values()]
             return [[*known, *row] for row in torch.cat(found, 1).tolist()]
