@@ -119,16 +119,7 @@ class CompiledForward:
             cache = Cache(layers=[GraphLayer(keys, values, slots, bound) for keys, values in storages])
             positions_BQ = slots.unsqueeze(0) if kind.aligned else slots
             masks = {name: _mask(positions_BQ, bound, window, kind, engine) for name, window in windows.items()}
-            hidden_BQH = engine.body(
-                input_ids=tokens_BQ,
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-                position_ids=positions_BQ,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            if kind.last:
-                hidden_BQH = hidden_BQH[:, -1:]
-            return hidden_BQH, engine.logits(hidden_BQH)
+            return read_block(engine, tokens_BQ, positions_BQ, masks, cache, kind.last)
 
         graph = compiled(forward)
         try:
@@ -149,6 +140,34 @@ class CompiledForward:
         if not kind.aligned:
             slots = slots.repeat(rows, 1)
         return torch.zeros(rows, width, dtype=torch.int64), slots, STAND_IN_BOUND, cache.storages()
+
+
+def read_block(
+    engine: Engine, tokens_BQ: Tensor, positions_BQ: Tensor, masks: dict[str, Tensor], cache: Cache, last: bool
+) -> tuple[Tensor, Tensor]:
+    """What graphs of either kind are made of: the model's layers and head over a block.
+
+    Args:
+        engine: whose model reads.
+        tokens_BQ: int64 [B, Q].
+        positions_BQ: int64 [B or 1, Q].
+        masks: by kind of layer.
+        cache: of `GraphLayer`s.
+        last: keep only the last position.
+
+    Returns:
+        hidden [B, K, H] and logits [B, K, V], K = 1 or Q.
+    """
+    hidden_BKH = engine.body(
+        input_ids=tokens_BQ,
+        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+        position_ids=positions_BQ,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    if last:
+        hidden_BKH = hidden_BKH[:, -1:]
+    return hidden_BKH, engine.logits(hidden_BKH)
 
 
 def _mask(positions_BQ: Tensor, bound: int, window: int | None, kind: Graph, engine: Engine) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from drafttrain.decoding.compiled import STAND_IN_BOUND, STAND_IN_ROWS, STAND_IN_WIDTH, compiled
+from drafttrain.decoding.compiled import STAND_IN_BOUND, STAND_IN_ROWS, STAND_IN_WIDTH, compiled, read_block
 from drafttrain.ops.attention import FOLD_ROWS, FOLDED, attending
 from drafttrain.ops.cache import DenseCache, GraphLayer, Storage
 from drafttrain.ops.split_attention import SPLIT, reach_of, serves, split_attention
@@ -360,16 +360,7 @@ def forward(
             kind: folded_mask(positions_BQ, bound, window, engine.groups, engine.dtype)
             for kind, window in engine.windows.items()
         }
-    hidden_BKH = engine.body(
-        input_ids=tokens_BQ,
-        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-        position_ids=positions_BQ,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    if last:
-        hidden_BKH = hidden_BKH[:, -1:]
-    return hidden_BKH, engine.logits(hidden_BKH)
+    return read_block(engine, tokens_BQ, positions_BQ, masks, cache, last)
 
 
 def folded_mask(positions_BQ: Tensor, bound: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
