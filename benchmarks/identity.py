@@ -20,6 +20,7 @@ import dataclasses
 import gc
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def main() -> None:
     options = _options()
     models = reference_models()
     questions = _questions(models, options)
-    groups = batches(questions, BATCH)
+    groups = grouped(questions)
     print(f"{len(questions)} prompts of {len({each.task for each in questions})} tasks", flush=True)
     part = None if options.output is None else options.output.with_suffix(".part.json")
     done, checks = load(part, len(groups))
@@ -85,6 +86,13 @@ def main() -> None:
     finish("identity", figures_of(checks, memory), _rows(options, checks, memory), options.output)
     if part is not None:
         part.unlink(missing_ok=True)
+
+
+def grouped(questions: Sequence[Question]) -> list[list[Question]]:
+    """Batches of prompts of about one length, so that little is padding; long and short ones in mixed order."""
+    groups = batches(sorted(questions, key=lambda question: len(question.ids)), BATCH)
+    random.Random(0).shuffle(groups)
+    return groups
 
 
 def load(part: Path | None, groups: int) -> tuple[int, dict[str, Exactness]]:
