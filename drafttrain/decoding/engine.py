@@ -20,8 +20,9 @@ from drafttrain.decoding.compiled import CompiledForward
 from drafttrain.decoding.graphs import GraphForward
 from drafttrain.errors import UserError
 from drafttrain.models.logits import LogitShape
-from drafttrain.ops.attention import attending, layer_windows, prepare_mask
+from drafttrain.ops.attention import HYBRID_SLOTS, attending, layer_windows, prepare_mask, prepare_tree_mask
 from drafttrain.ops.cache import DenseCache
+from drafttrain.ops.tree import TreeBlock
 from drafttrain.ops.upload import upload
 
 
@@ -72,6 +73,8 @@ class Engine:
         heads: int = config.num_attention_heads
         self.groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
         self.softcap = getattr(config, "attn_logit_softcapping", None) is not None
+        devices = {weight.device for weight in model.parameters()}
+        self._hybrid = not self.softcap and len(devices) == 1  # between devices masks are copied as plain tensors
         self._embedding = model.get_input_embeddings()
         self._offloaded = has_offloaded_params(self._embedding)  # its weight is on no device until it is needed
         self.entries: int = self._embedding.weight.shape[0]
@@ -152,7 +155,12 @@ class Engine:
         return DenseCache(self.layers, rows, self.device, capacity)
 
     def forward(
-        self, cache: DenseCache, tokens_BQ: Tensor, counts: Sequence[int] | None = None, keep: str | None = "all"
+        self,
+        cache: DenseCache,
+        tokens_BQ: Tensor,
+        counts: Sequence[int] | None = None,
+        keep: str | None = "all",
+        tree: TreeBlock | None = None,
     ) -> Output:
         """Read tokens behind what the cache holds.
 
@@ -161,12 +169,13 @@ class Engine:
             tokens_BQ: int64 [B, Q], padded on the right.
             counts: real tokens of each row; None means Q for all.
             keep: "all" positions, the "last" real one of each row, or None for no logits.
+            tree: what the tokens see of each other, where they are no chain; what precedes the tree they see all.
 
         Returns:
             logits [B, K, V] and hidden [B, K, H] with K = Q ("all") or 1 ("last").
         """
         cache.open(tokens_BQ.shape[1])
-        if self.compiled is not None and self.compiled.fits(cache, keep):
+        if tree is None and self.compiled is not None and self.compiled.fits(cache, keep):
             found = self.compiled(cache, tokens_BQ, keep == "last" and counts is None)
             if found is not None:
                 cache.advance(counts)
@@ -175,10 +184,9 @@ class Engine:
                     hidden_BKH, logits_BKV = _last_real(hidden_BKH, counts), _last_real(logits_BKV, counts)
                 return Output(logits_BKV, hidden_BKH)
         positions_BQ = cache.query_positions()
-        masks = {
-            kind: prepare_mask(cache, positions_BQ, self.dtype, self.groups, window, self.softcap)
-            for kind, window in self.windows.items()
-        }
+        if tree is not None:
+            positions_BQ = positions_BQ[:, :1] - tree.before + tree.depth_BT[:, tree.before :]
+        masks = {kind: self._mask(cache, positions_BQ, window, tree) for kind, window in self.windows.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         with attending(self.config):
             hidden_BQH = self.body(
@@ -195,6 +203,12 @@ class Engine:
             hidden_BQH = _last_real(hidden_BQH, counts)
         device = tokens_BQ.device  # the last layers of a model spread over devices lie elsewhere
         return Output(self.logits(hidden_BQH).to(device), hidden_BQH.to(device))
+
+    def _mask(self, cache: DenseCache, positions_BQ: Tensor, window: int | None, tree: TreeBlock | None) -> Tensor:
+        if tree is None:
+            return prepare_mask(cache, positions_BQ, self.dtype, self.groups, window, self.softcap)
+        hybrid = self._hybrid and cache.span.bound >= HYBRID_SLOTS
+        return prepare_tree_mask(cache, tree, self.dtype, self.groups, window, hybrid)
 
     def logits(self, hidden_BKH: Tensor) -> Tensor:
         """The output head over hidden states: [B, K, V] without padding rows."""

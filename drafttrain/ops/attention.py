@@ -20,6 +20,9 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
+from drafttrain.ops.tree import TreeBlock
+from drafttrain.ops.tree_attention import TreeMask, tree_attention
+from drafttrain.ops.upload import upload
 
 NAME = "drafttrain"
 
@@ -28,6 +31,9 @@ FOLDED = "drafttrain-folded"
 
 # Up to this many folded rows the mask is tiled and the heads folded; above (prefill) the kernel shares the mask.
 FOLD_ROWS = 256
+
+# From this many slots a tree attends in two parts; below, the mask costs less than merging them.
+HYBRID_SLOTS = 1024
 
 # Two masks that need no mask: empty 4-D tensors, which every model passes on to its layers untouched.
 _SEE_ALL_SHAPE = (1, 1, 1, 0)
@@ -94,7 +100,41 @@ def prepare_mask(
             return _stand_in(_CAUSAL_SHAPE, positions_BQ.device)
     if span.width > 1 and groups > 1 and (softcap or groups * span.width <= FOLD_ROWS):
         positions_BQ = positions_BQ.repeat(1, groups)
-    visible_BQS = cache.visible(positions_BQ, window if windowed else None)
+    return _additive(cache.visible(positions_BQ, window if windowed else None), dtype)
+
+
+def prepare_tree_mask(
+    cache: DenseCache, tree: TreeBlock, dtype: torch.dtype, groups: int, window: int | None, hybrid: bool
+) -> Tensor:
+    """What the tokens of the open span may attend to where they are nodes of a tree, in the form `attention` takes.
+
+    Args:
+        cache: with an open span; nodes see all that it holds before the tree, as far as a window lets them.
+        tree: whose last nodes the span holds.
+        dtype, groups, window: as of `prepare_mask`.
+        hybrid: attend in two parts (`tree_attention`) where no window binds.
+
+    Returns:
+        a `TreeMask` [B, 1, G * Q, T], or a mask over all slots [B, 1, G * Q, S].
+    """
+    starts = [length - tree.before for length in cache.lengths]
+    seen_BQT = tree.seen_BQT
+    if hybrid and not window_binds(cache, window):
+        return TreeMask.of(_additive(seen_BQT.repeat(1, groups, 1), dtype), starts)
+    slots_BT = upload(starts, cache.device).unsqueeze(1) + torch.arange(tree.size, device=cache.device)
+    positions_BS = cache.positions_BS[: cache.rows, : cache.span.bound].expand(cache.rows, -1)
+    first_B1 = positions_BS.gather(1, slots_BT[:, :1])
+    node_BQ1 = (first_B1 + tree.depth_BT[:, tree.before :]).unsqueeze(2)
+    visible_BQS = (positions_BS < first_B1).unsqueeze(1).expand(-1, node_BQ1.shape[1], -1)
+    if window is not None:
+        visible_BQS = visible_BQS & (positions_BS.unsqueeze(1) > node_BQ1 - window)
+        seen_BQT = seen_BQT & ((first_B1 + tree.depth_BT).unsqueeze(1) > node_BQ1 - window)
+    index_BQT = slots_BT.unsqueeze(1).expand_as(seen_BQT)
+    return _additive(visible_BQS.scatter(2, index_BQT, seen_BQT).repeat(1, groups, 1), dtype)
+
+
+def _additive(visible_BQS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where something is seen, else -inf: [B, 1, Q, S]."""
     mask_BQS = torch.zeros(visible_BQS.shape, dtype=dtype, device=visible_BQS.device)
     return mask_BQS.masked_fill_(~visible_BQS, -torch.inf).unsqueeze(1)
 
@@ -126,7 +166,7 @@ def attention(
         query: [B, N, Q, D].
         key: [B, M, S, D].
         value: [B, M, S, D].
-        attention_mask: from `prepare_mask`, or an additive one [B, 1, Q, S].
+        attention_mask: from `prepare_mask` or `prepare_tree_mask`, or an additive one [B, 1, Q, S].
         scaling: multiplies the scores; None is 1 / sqrt(D).
         softcap: scores are squashed to softcap * tanh(score / softcap) (Gemma 2).
 
@@ -138,6 +178,8 @@ def attention(
     """
     if attention_mask is None or kwargs.get("s_aux") is not None:
         raise ValueError("drafttrain's attention needs a mask and does not implement attention sinks")
+    if isinstance(attention_mask, TreeMask):
+        return tree_attention(query, key, value, attention_mask, scaling), None
     _, heads, width, _ = query.shape
     key_heads = key.shape[1]
     causal = attention_mask.numel() == 0 and attention_mask.shape == _CAUSAL_SHAPE

@@ -133,6 +133,13 @@ class DenseLayer(CacheLayerMixin):
             self.keys[target, :, :used] = self.keys[source, :, :used]
             self.values[target, :, :used] = self.values[source, :, :used]
 
+    def move_slots(self, rows_N1: Tensor, sources_NK: Tensor, targets_NK: Tensor) -> None:
+        """Copy slots of some rows to other slots of the same rows; all are read before any is written."""
+        if self.is_initialized:
+            for storage in (self.keys, self.values):
+                rows, sources, targets = (index.to(storage.device) for index in (rows_N1, sources_NK, targets_NK))
+                storage[rows, :, targets] = storage[rows, :, sources]
+
     def gather_slots(self, row: int, slots: Tensor) -> None:
         """Move the given slots of a row to its front, in order."""
         if self.is_initialized:
@@ -291,6 +298,26 @@ class DenseCache(Cache):
         if lengths != self.lengths:
             self.lengths = lengths
             self._lengths_B = None
+
+    def keep_path(self, starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Of the tree behind ``starts`` keep one path a row, which becomes a chain: a gather of its few slots.
+
+        Args:
+            starts: slots before the tree in each row.
+            paths: the nodes to keep, counted from the tree's first, ascending; they must have been read.
+        """
+        moving = [row for row, path in enumerate(paths) if any(node > place for place, node in enumerate(path))]
+        if moving:
+            width = max(len(paths[row]) for row in moving)
+            targets = [[starts[row] + place for place in range(width)] for row in moving]
+            sources = [
+                [starts[row] + node for node in paths[row]] + line[len(paths[row]) :]
+                for row, line in zip(moving, targets, strict=True)
+            ]
+            index = [upload(numbers, self.device) for numbers in ([[row] for row in moving], sources, targets)]
+            for layer in self.layers:
+                layer.move_slots(*index)
+        self.rollback([start + len(path) for start, path in zip(starts, paths, strict=True)])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order; each may come from its own place or a later one.

@@ -141,3 +141,33 @@ def test_the_cache_holds_what_lists_would_hold(rows, operations):
             texts = [texts[row] for row in kept]
         assert content(cache) == texts
         assert cache.lengths == [len(text) for text in texts]
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_one_path_of_a_tree_is_kept_as_a_chain(data):
+    """Whatever path, in rows of unlike lengths: text ++ path, and nothing before the tree has moved."""
+    rows, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7))
+    starts = [data.draw(st.integers(0, 4)) for _ in range(rows)]
+    cache = DenseCache(2, rows, CPU, block=4)
+    write(cache, [[10 * row + place for place in range(4)] for row in range(rows)], starts)
+    texts = [line[:start] for line, start in zip(content(cache), starts, strict=True)] if any(starts) else [[]] * rows
+    nodes = [[100 * (row + 1) + node for node in range(width)] for row in range(rows)]
+    write(cache, nodes)
+    paths = [sorted(data.draw(st.sets(st.integers(0, width - 1)))) for _ in range(rows)]
+    cache.keep_path(starts, paths)
+    kept = [[nodes[row][node] for node in path] for row, path in enumerate(paths)]
+    assert content(cache) == [text + more for text, more in zip(texts, kept, strict=True)]
+    assert cache.in_order
+    assert torch.equal(cache.layers[1].keys[..., 0], -cache.layers[1].values[..., 0])
+    write(cache, [[7]] * rows)
+    assert content(cache) == [text + more + [7] for text, more in zip(texts, kept, strict=True)]
+
+
+def test_a_path_that_lies_where_it_belongs_is_not_copied():
+    cache = DenseCache(2, 1, CPU)
+    write(cache, [[1, 2, 3, 4, 5]])
+    for layer in cache.layers:
+        layer.move_slots = None
+    cache.keep_path([1], [[0, 1, 2]])
+    assert content(cache) == [[1, 2, 3, 4]]
