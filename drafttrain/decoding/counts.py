@@ -111,6 +111,7 @@ class Completion:
         sources: for each token who it came from: "target" or a drafter's label.
         counts: what it cost.
         synthetic: whether acceptance was drawn at given rates: then the tokens are no text of the target.
+        origins: for each token the position of prompt ++ answer that it was copied from, None for one that was not.
     """
 
     token_ids: list[int]
@@ -118,6 +119,7 @@ class Completion:
     sources: list[str]
     counts: Counts
     synthetic: bool = False
+    origins: list[int | None] = field(default_factory=list)
 
 
 def _sum(a: list[int], b: list[int]) -> list[int]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from drafttrain.decoding.exclusions import Exclusions
+
 
 @dataclass
 class Committed:
@@ -19,16 +21,27 @@ class Committed:
         tokens: token ids of each row; grows in place.
         sample_ids: the rows' sample ids.
         seen_BV: bool, which tokens occur in each row; None unless a repetition penalty needs it.
+        exclusions: what must not be copied in each row; None for nothing.
     """
 
     tokens: list[list[int]]
     sample_ids: list[int]
     seen_BV: Tensor | None = None
+    exclusions: list[Exclusions] | None = None
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [len(row) for row in self.tokens]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        self.tokens = [self.tokens[row] for row in rows]
+        self.sample_ids = [self.sample_ids[row] for row in rows]
+        if self.seen_BV is not None:
+            self.seen_BV = self.seen_BV[list(rows)]
+        if self.exclusions is not None:
+            self.exclusions = [self.exclusions[row] for row in rows]
 
     def extended(self, prefix: Draft | None) -> list[list[int]]:
         """The text of each row with an uncommitted draft behind it. Reads the draft from the device."""
@@ -62,6 +75,8 @@ class Draft:
         sampled_BK: bool, which tokens were drawn from their row of ``probs_BKV``; None means all of them.
         source: who proposed the tokens: one label, or one a token ([B][K]).
         forwards: forward passes spent in each row, by member: int64 [B], or one number for all rows.
+        origins: of each token the position of its row's text that it was copied from, None for one that was not
+            ([B][K]); None where no token was copied.
     """
 
     tokens_BK: Tensor
@@ -70,6 +85,7 @@ class Draft:
     sampled_BK: Tensor | None = None
     source: str | list[list[str]] = "drafter"
     forwards: dict[str, Tensor | int] = field(default_factory=dict)
+    origins: list[list[int | None]] | None = None
 
     @property
     def width(self) -> int:
@@ -93,6 +109,10 @@ class Draft:
         """Who proposed a token."""
         return self.source if isinstance(self.source, str) else self.source[row][column]
 
+    def origin(self, row: int, column: int) -> int | None:
+        """The position that a token was copied from."""
+        return None if self.origins is None else self.origins[row][column]
+
     def to(self, device: torch.device) -> Draft:
         """The same draft on another device."""
         if self.tokens_BK.device == device:
@@ -105,12 +125,14 @@ class Draft:
         return replace(self, **moved, forwards=forwards)
 
     @staticmethod
-    def of(rows: Sequence[Sequence[int]], source: str) -> Draft:
+    def of(rows: Sequence[Sequence[int]], source: str, origins: list[list[int | None]] | None = None) -> Draft:
         """A draft of deterministic tokens, copied ones for example, as many as each row has; on the CPU."""
         lengths = [len(row) for row in rows]
         width = max(lengths)
         tokens_BK = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64)
-        return Draft(tokens_BK, None if min(lengths) == width else torch.tensor(lengths), source=source)
+        return Draft(
+            tokens_BK, None if min(lengths) == width else torch.tensor(lengths), source=source, origins=origins
+        )
 
     @staticmethod
     def empty(rows: int, device: torch.device) -> Draft:

@@ -5,6 +5,7 @@
     Model(drafter, stop=AcceptanceHead(head, 0.7, min=2, max=20))
     Model(drafter, length=8, stop=Confidence(0.4))
     Model(drafter, stop=Entropy(1.5))
+    Copy(gamma=3, length=10)
     my_package.MyDrafter(drafter, k=3)
 
 Capitalised calls are constructors; bare names are members (an engine, a head) that `build` is given; dotted calls are
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drafttrain.decoding.copying import Copy
 from drafttrain.decoding.drafters import Drafter, ModelDrafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.outside import lacking, load_class, nearest
@@ -179,6 +181,20 @@ def _model(
     return ModelDrafter(drafter.value, length, stop, drafter.name, check_every)
 
 
+def _copy(
+    gamma: int = 3,
+    length: int = 10,
+    longest: int | None = None,
+    source: str = "earliest",
+    follow: bool = False,
+    backoff: int = 0,
+    cooldown: int = 0,
+) -> Drafter:
+    _check_lengths("Copy", gamma=gamma, length=length, longest=length if longest is None else longest)
+    _check_lengths("Copy", least=0, backoff=backoff, cooldown=cooldown)
+    return Copy(gamma, length, longest, source, follow, backoff, cooldown)
+
+
 def _acceptance_head(head: _Named, threshold: float, min: int = 1, max: int = 12) -> StoppingRule:
     _require(head, lambda value: hasattr(value, "score"), "an acceptance head")
     _check_lengths("AcceptanceHead", min=min, max=max)
@@ -202,6 +218,7 @@ def _entropy(bound: float, min: int = 1, max: int = 12) -> StoppingRule:
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "Autoregressive": _autoregressive,
     "Model": _model,
+    "Copy": _copy,
     "AcceptanceHead": _acceptance_head,
     "Confidence": _confidence,
     "Entropy": _entropy,
@@ -213,10 +230,10 @@ def _require(member: object, fits: Callable[[Any], bool], kind: str) -> None:
         raise UserError(f"{member!r} in the method is not {kind}")
 
 
-def _check_lengths(constructor: str, **values: object) -> None:
+def _check_lengths(constructor: str, least: int = 1, **values: object) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{constructor}'s {name} is {value!r}, but it must be a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{constructor}'s {name} is {value!r}, but it must be a whole number of at least {least}")
 
 
 def _check_numbers(constructor: str, **values: object) -> None:

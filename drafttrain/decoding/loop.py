@@ -23,6 +23,7 @@ from drafttrain.decoding.counts import Completion, Counts
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import Drafter, Setting
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.exclusions import Exclusions
 from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.decoding.verify import Verdict, accepted_greedily, verify_greedy, verify_sampled
@@ -41,6 +42,7 @@ class _Row:
     limit: int
     tokens: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    origins: list[int | None] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     finish_reason: str | None = None
 
@@ -97,6 +99,7 @@ class Decoder:
         max_new_tokens: int | Sequence[int],
         sample_ids: Sequence[int] | None = None,
         resume: bool = False,
+        exclusions: Sequence[Exclusions] | None = None,
     ) -> list[Completion]:
         """Continue every prompt.
 
@@ -105,13 +108,14 @@ class Decoder:
             max_new_tokens: for all rows or each.
             sample_ids: key the draws; by default 0, 1, ...
             resume: for a single row: read only what does not repeat the text of the previous call (chat turns).
+            exclusions: what must not be copied from each prompt. They restrict drafting only.
 
         Returns:
             one completion a prompt, in order.
 
         Raises:
-            UserError: an empty prompt, a limit below 1, more tokens than a model has positions, or a drafter of
-                another dtype or device.
+            UserError: an empty prompt, a limit below 1, more tokens than a model has positions, a drafter of another
+                dtype or device, or an excluded span outside its prompt.
         """
         prompts = [list(prompt) for prompt in prompts]
         if not prompts:
@@ -119,7 +123,9 @@ class Decoder:
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         ids = list(range(len(prompts))) if sample_ids is None else list(sample_ids)
         self._check(prompts, limits, ids)
-        committed = Committed(prompts, ids)
+        for index, (prompt, excluded) in enumerate(zip(prompts, exclusions or (), strict=exclusions is not None)):
+            excluded.check(index, len(prompt))
+        committed = Committed(prompts, ids, exclusions=list(exclusions) if exclusions else None)
         rows = [_Row(index, limit) for index, limit in enumerate(limits)]
         draws = Draws(self.seed, ids, committed.lengths, self.target.device)
         self._start(committed, rows, resume)
@@ -134,7 +140,10 @@ class Decoder:
                 rows = self._leave(committed, rows, draws)
         finished.sort(key=lambda row: row.index)
         synthetic = self.synthetic is not None
-        return [Completion(row.tokens, row.finish_reason, row.sources, row.counts, synthetic) for row in finished]
+        return [
+            Completion(row.tokens, row.finish_reason, row.sources, row.counts, synthetic, row.origins)
+            for row in finished
+        ]
 
     # ---- start ----
 
@@ -277,6 +286,7 @@ class Decoder:
             agreed.append(min(accepted, len(tokens)))
             row.tokens += tokens
             row.sources += [draft.label(place, k) if k < accepted else "target" for k in range(len(tokens))]
+            row.origins += [draft.origin(place, k) if k < accepted else None for k in range(len(tokens))]
             committed.tokens[place] += tokens
         # The last emitted token is not read yet, in either model.
         self._cache.rollback([length + len(tokens) for length, tokens in zip(read, emitted, strict=True)])
@@ -310,10 +320,7 @@ class Decoder:
         if self.drafter:
             self.drafter.keep(kept)
         draws.keep(kept)
-        committed.tokens = [committed.tokens[row] for row in kept]
-        committed.sample_ids = [committed.sample_ids[row] for row in kept]
-        if committed.seen_BV is not None:
-            committed.seen_BV = committed.seen_BV[kept]
+        committed.keep(kept)
         return [rows[row] for row in kept]
 
 

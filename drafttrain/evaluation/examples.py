@@ -15,10 +15,19 @@ _PROMPT_SHOWN = 1500
 """Characters of a prompt's end that are shown."""
 
 
-def pieces(tokenizer: Any, ids: Sequence[int], sources: Sequence[str]) -> list[Piece]:
+def pieces(
+    tokenizer: Any, ids: Sequence[int], sources: Sequence[str], origins: Sequence[int | None] = ()
+) -> list[Piece]:
     """Text of an answer by source. A character of several tokens goes to the source of its last one.
 
-    The pieces together are the answer's text, special tokens left out.
+    Args:
+        tokenizer: of the answer.
+        ids: its tokens.
+        sources: who each came from.
+        origins: the position each was copied from; what was copied from one stretch of text is one piece.
+
+    Returns:
+        pieces that together are the answer's text, special tokens left out.
     """
     found: list[Piece] = []
     shown, waiting = "", 0
@@ -28,13 +37,21 @@ def pieces(tokenizer: Any, ids: Sequence[int], sources: Sequence[str]) -> list[P
         if text.endswith("\ufffd") and end < len(ids):
             continue
         added, shown = text[len(shown) :], text
-        if found and found[-1].source == source:
+        if found and found[-1].source == source and _goes_on(origins, end - 1):
             found[-1].text += added
             found[-1].tokens += waiting
         elif added:
-            found.append(Piece(added, source, waiting))
+            found.append(Piece(added, source, waiting, origins[end - waiting] if origins else None))
         waiting = 0
     return found
+
+
+def _goes_on(origins: Sequence[int | None], place: int) -> bool:
+    """Whether a token was copied from behind the one before it, or neither was copied."""
+    if not origins:
+        return True
+    before, now = origins[place - 1 : place + 1]
+    return now is None if before is None else now == before + 1
 
 
 def examples(
@@ -60,7 +77,7 @@ def _example(tokenizer: Any, question: Question, sample: Sample) -> ExampleAnswe
         method=sample.method,
         sampling=sample.sampling,
         prompt=prompt if len(prompt) <= _PROMPT_SHOWN else "... " + prompt[-_PROMPT_SHOWN:],
-        pieces=pieces(tokenizer, sample.token_ids, sample.sources),
+        pieces=pieces(tokenizer, sample.token_ids, sample.sources, sample.origins),
         tau=sample.counts["tokens"] / sample.counts["rounds"],
     )
 

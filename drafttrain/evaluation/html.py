@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from drafttrain.evaluation import tables as cells
-from drafttrain.evaluation.schema import ExampleAnswer, Report
+from drafttrain.evaluation.schema import ExampleAnswer, Piece, Report
 
 _STYLE = """
 :root { --ink:#1c1e21; --soft:#5c6670; --line:#dfe3e8; --paper:#fff; --wash:#f6f7f9; }
@@ -178,7 +178,7 @@ def _look(look: tuple[str, str, str]) -> str:
 def _example(example: ExampleAnswer, looks: Mapping[str, tuple[str, str, str]], opened: bool) -> str:
     spans = "".join(
         f"<span class='piece' style='{_look(looks[piece.source])}' "
-        f"title='{escape(_hover(piece.source, piece.tokens))}'>{escape(piece.text)}</span>"
+        f"title='{escape(_hover(piece))}'>{escape(piece.text)}</span>"
         for piece in example.pieces
     )
     tau = f", {example.tau:.2f} tokens per round" if example.tau else ""
@@ -189,5 +189,6 @@ def _example(example: ExampleAnswer, looks: Mapping[str, tuple[str, str, str]], 
     )
 
 
-def _hover(source: str, tokens: int) -> str:
-    return f"{_WORDS.get(source, source)}: {tokens} token{'s' if tokens != 1 else ''}"
+def _hover(piece: Piece) -> str:
+    said = f"{_WORDS.get(piece.source, piece.source)}: {piece.tokens} token{'s' if piece.tokens != 1 else ''}"
+    return said if piece.origin is None else f"{said}, copied from position {piece.origin} of prompt and answer"

@@ -166,6 +166,7 @@ def to_sample(
         right=right,
         score=_score(question, text),
         repeats=seconds,
+        origins=completion.origins,
     )
 
 

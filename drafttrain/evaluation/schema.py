@@ -243,6 +243,8 @@ class Piece:
     text: str
     source: str
     tokens: int = 1
+    origin: int | None = None
+    """position in prompt ++ answer that its first token was copied from; None if it was not copied"""
 
 
 @dataclass
@@ -345,6 +347,8 @@ class Sample:
     score: float | None
     repeats: list[float] = field(default_factory=list)
     """decoding seconds of each repeat"""
+    origins: list[int | None] = field(default_factory=list)
+    """for each token the position in prompt ++ answer that it was copied from, None for one that was not"""
 
 
 T = TypeVar("T")

@@ -132,6 +132,18 @@ def test_pieces_together_are_the_text(text, sources):
     assert all(a.source != b.source for a, b in pairwise(found))
 
 
+def test_pieces_say_where_they_were_copied_from(tiny_tokenizer):
+    ids = tiny_tokenizer("q1z2x3", add_special_tokens=False)["input_ids"][:6]
+    sources = ["target", *["copy"] * (len(ids) - 1)]
+    origins = [None, 4, 5, 1, 2, 3][: len(ids)]
+    found = pieces(tiny_tokenizer, ids, sources, origins)
+    assert [(piece.source, piece.tokens, piece.origin) for piece in found] == [
+        ("target", 1, None),
+        ("copy", 2, 4),
+        ("copy", 3, 1),
+    ]
+
+
 def test_a_character_of_several_tokens_is_never_torn(tiny_tokenizer):
     ids = tiny_tokenizer("a東b", add_special_tokens=False)["input_ids"]
     sources = ["drafter" if i % 2 else "target" for i in range(len(ids))]
