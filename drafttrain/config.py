@@ -29,6 +29,7 @@ from drafttrain import recipe as _recipe_module
 from drafttrain.errors import UserError
 from drafttrain.recipe import (
     PATH,
+    BlockConfig,
     CorpusConfig,
     DrafterConfig,
     EvaluateConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "PATH",
     "REPOSITORY",
     "SECTIONS",
+    "BlockConfig",
     "CorpusConfig",
     "DrafterConfig",
     "EvaluateConfig",

@@ -72,11 +72,33 @@ class LoraConfig:
 
 
 @dataclass
+class BlockConfig:
+    """The one block of a LongSpec drafter; embedding and head are the target's."""
+
+    window: int = at_least(1, 512)
+    """tokens that its self-attention sees: what it keeps of a text never grows beyond them"""
+    kv_layer: int | None = None
+    """layer of the target whose keys and values it reads; by default the last one of full attention"""
+    intermediate_size: int | None = at_least(1, None)
+    """width of its SwiGLU; the target's by default"""
+    final_norm: bool = True
+    """a norm before the head, which starts as the target's; the published block has none"""
+    warm_start: int | None = None
+    """layer of the target that its weights start from (queries of the target's keys: from kv_layer); by default none"""
+    zero_outputs: bool = False
+    """start its three output projections at zero, so that the first step already sees the token's own prediction"""
+    depth: int = at_least(1, 5)
+    """deepest step that it is trained to draft at: the k-th token of a round is drafted where the target has not read
+    the last k, so each row trains at one of 1 .. depth (flash noisy training); 1 trains the first step alone"""
+
+
+@dataclass
 class DrafterConfig:
     """The drafter: the small model that proposes tokens."""
 
-    kind: Literal["new", "cut", "pretrained"] = "cut"
-    """new (from `config`, random weights), cut (chosen layers of the target), pretrained (`path`)"""
+    kind: Literal["new", "cut", "pretrained", "longspec"] = "cut"
+    """new (from `config`, random weights), cut (chosen layers of the target), pretrained (`path`), longspec (`block`: a
+    block that reads the target's keys and values, for long contexts)"""
     path: str | None = field(default=None, metadata=PATH)
     """pretrained: a Hugging Face causal LM with the target's tokenizer; elsewhere: a trained drafter to use"""
     init_from: str | None = field(default=None, metadata=PATH)
@@ -89,6 +111,8 @@ class DrafterConfig:
     """cut: so many of the chosen layers at a time, in their order, become one wide layer, each a share of its heads"""
     config: dict[str, Any] = field(default_factory=dict)
     """new: keys of a transformers config, e.g. num_hidden_layers; the rest is taken from the target"""
+    block: BlockConfig = field(default_factory=BlockConfig)
+    """longspec: its one block"""
     lora: LoraConfig | None = None
     """train low-rank updates only, merged when training ends"""
     dtype: str = "float32"

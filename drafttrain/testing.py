@@ -28,6 +28,7 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.loop import Conversation, Decoder
 from drafttrain.decoding.outside import lacking
 from drafttrain.decoding.stopping import StoppingRule
+from drafttrain.decoding.target_view import TargetView
 from drafttrain.evaluation.reference import tree
 from drafttrain.evaluation.statistics import chi_square
 from drafttrain.ops.random import Draws
@@ -106,7 +107,7 @@ def _check(target: Engine, make: Callable[[], Drafter]) -> None:
         with _during("in a batch that rows leave one by one"):
             drafted += _check_rounds(target, make, sampling)
         with _during("behind a prefix, or after a round in which it was not asked"):
-            _check_prefixes(make, sampling)
+            _check_prefixes(target, make, sampling)
         with _during("in the turns of a chat"):
             _check_turns(target, make, sampling)
         with _during("in a batch"):
@@ -306,20 +307,27 @@ def _grow(committed: Committed, tokens: Sequence[Sequence[int]]) -> None:
 
 
 @torch.inference_mode()
-def _check_prefixes(make: Callable[[], Drafter], sampling: Sampling) -> None:
+def _check_prefixes(target: Engine, make: Callable[[], Drafter], sampling: Sampling) -> None:
     committed = _committed(_PROMPTS[:3], [7, 8, 9], sampling)
+    view = TargetView(target, target.new_cache(3))
+
+    def propose(prefix: Draft | None, budget: Sequence[int]) -> None:
+        unread = zip(committed.tokens, view.lengths, strict=True)
+        target.read(view.cache, [text[length:-1] for text, length in unread])
+        drafter.propose(committed, prefix, budget, draws, view)
+
     draws = Draws(1, committed.sample_ids, committed.lengths, torch.device("cpu"))
     drafter = _Watched(make)
-    drafter.start(committed, Setting(sampling, frozenset(), VOCABULARY, 64))
+    drafter.start(committed, Setting(sampling, frozenset(), VOCABULARY, 64, target_view=view))
     prefix = Draft(torch.tensor([[3, 1], [3, 0], [0, 0]]), torch.tensor([2, 1, 0]))
-    drafter.propose(committed, prefix, [3, 3, 3], draws)
+    propose(prefix, [3, 3, 3])
     _grow(committed, [[3, 2], [3, 0], [5]])
     drafter.commit([1, 1, 0])  # one token of each prefix that there is, and the target's own
-    drafter.propose(committed, None, [3, 0, 2], draws)
+    propose(None, [3, 0, 2])
     for _ in range(2):  # a draft that is rejected, and a round in which this drafter was not asked
         _grow(committed, [[4], [2, 1], [0, 5, 0]])
         drafter.commit([0, 0, 0])
-    drafter.propose(committed, None, [3, 3, 3], draws)
+    propose(None, [3, 3, 3])
 
 
 def _check_rounds(target: Engine, make: Callable[[], Drafter], sampling: Sampling) -> int:

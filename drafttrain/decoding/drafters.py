@@ -19,6 +19,7 @@ from torch import Tensor
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.engine import Engine, pad
 from drafttrain.decoding.stopping import FixedLength, Step, StoppingRule
+from drafttrain.decoding.target_view import TargetView
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws, sample
@@ -37,6 +38,7 @@ class Setting:
         capacity: the longest sequence that can occur, prompts included.
         dtype: the target's; None where there is no target.
         device: where the target reads its tokens; likewise.
+        target_view: what drafters that read their target will be given by `propose`; likewise.
     """
 
     sampling: Sampling
@@ -45,6 +47,7 @@ class Setting:
     capacity: int
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    target_view: TargetView | None = None
 
 
 class Drafter(Protocol):
@@ -82,7 +85,7 @@ class Drafter(Protocol):
         prefix: Draft | None,
         budget: Sequence[int],
         random: Draws,
-        target_view: object | None = None,
+        target_view: TargetView | None = None,
     ) -> Draft:
         """Extend committed ++ prefix.
 
@@ -91,7 +94,7 @@ class Drafter(Protocol):
             prefix: an uncommitted draft to extend, or None.
             budget: the most tokens to propose in each row; 0 leaves a row out.
             random: the run's draws.
-            target_view: declared layers of the target, for drafters that read them.
+            target_view: of the target, for drafters that read its keys and values.
 
         Returns:
             the proposed tokens, without the prefix.
@@ -174,7 +177,7 @@ class ModelDrafter:
         prefix: Draft | None,
         budget: Sequence[int],
         random: Draws,
-        target_view: object | None = None,
+        target_view: TargetView | None = None,
     ) -> Draft:
         """Draft a chain behind committed ++ prefix."""
         self._base = committed.lengths

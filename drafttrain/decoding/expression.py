@@ -6,6 +6,7 @@
     Model(drafter, length=8, stop=Confidence(0.4))
     Model(drafter, stop=Entropy(1.5))
     Copy(gamma=3, length=10)
+    LongSpec(drafter, length=5)
     my_package.MyDrafter(drafter, k=3)
 
 Capitalised calls are constructors; bare names are members (an engine, a head) that `build` is given; dotted calls are
@@ -24,9 +25,11 @@ from typing import Any
 from drafttrain.decoding.copying import Copy
 from drafttrain.decoding.drafters import Drafter, ModelDrafter
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.longspec import LongSpec
 from drafttrain.decoding.outside import lacking, load_class, nearest
 from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, Head, StoppingRule
 from drafttrain.errors import UserError
+from drafttrain.models.longspec import LongSpecDrafter
 
 
 @dataclass(frozen=True)
@@ -167,17 +170,10 @@ def _autoregressive() -> None:
 def _model(
     drafter: _Named, length: int | None = None, stop: StoppingRule | None = None, check_every: int = 1
 ) -> Drafter:
+    if isinstance(drafter, _Named) and isinstance(drafter.value, LongSpecDrafter):
+        raise UserError(f"{drafter.name} is a LongSpec drafter; write LongSpec({drafter.name}, ...) instead of Model")
     _require(drafter, lambda value: isinstance(value, Engine), "a model")
-    if length is None and stop is None:
-        raise UserError(
-            f"Model({drafter.name}) needs a length or a stopping rule, as in Model({drafter.name}, length=5)"
-        )
-    _check_lengths("Model", length=1 if length is None else length, check_every=check_every)
-    if stop is not None and (missing := lacking(stop, StoppingRule)):
-        raise UserError(
-            "Model's stop must be a stopping rule, as in stop=Confidence(0.4), but "
-            f"{stop.name if isinstance(stop, _Named) else type(stop).__name__} lacks {', '.join(missing)}"
-        )
+    _check_chain("Model", drafter.name, length, stop, check_every)
     return ModelDrafter(drafter.value, length, stop, drafter.name, check_every)
 
 
@@ -193,6 +189,14 @@ def _copy(
     _check_lengths("Copy", gamma=gamma, length=length, longest=length if longest is None else longest)
     _check_lengths("Copy", least=0, backoff=backoff, cooldown=cooldown)
     return Copy(gamma, length, longest, source, follow, backoff, cooldown)
+
+
+def _longspec(
+    drafter: _Named, length: int | None = None, stop: StoppingRule | None = None, check_every: int = 1
+) -> Drafter:
+    _require(drafter, lambda value: isinstance(value, LongSpecDrafter), "a LongSpec drafter")
+    _check_chain("LongSpec", drafter.name, length, stop, check_every)
+    return LongSpec(drafter.value, length, stop, drafter.name, check_every)
 
 
 def _acceptance_head(head: _Named, threshold: float, min: int = 1, max: int = 12) -> StoppingRule:
@@ -219,6 +223,7 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "Autoregressive": _autoregressive,
     "Model": _model,
     "Copy": _copy,
+    "LongSpec": _longspec,
     "AcceptanceHead": _acceptance_head,
     "Confidence": _confidence,
     "Entropy": _entropy,
@@ -228,6 +233,22 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
 def _require(member: object, fits: Callable[[Any], bool], kind: str) -> None:
     if not isinstance(member, _Named) or not fits(member.value):
         raise UserError(f"{member!r} in the method is not {kind}")
+
+
+def _check_chain(
+    constructor: str, drafter: str, length: int | None, stop: StoppingRule | None, check_every: int
+) -> None:
+    """What ends a chain of drafted tokens."""
+    if length is None and stop is None:
+        raise UserError(
+            f"{constructor}({drafter}) needs a length or a stopping rule, as in {constructor}({drafter}, length=5)"
+        )
+    _check_lengths(constructor, length=1 if length is None else length, check_every=check_every)
+    if stop is not None and (missing := lacking(stop, StoppingRule)):
+        raise UserError(
+            f"{constructor}'s stop must be a stopping rule, as in stop=Confidence(0.4), but "
+            f"{stop.name if isinstance(stop, _Named) else type(stop).__name__} lacks {', '.join(missing)}"
+        )
 
 
 def _check_lengths(constructor: str, least: int = 1, **values: object) -> None:

@@ -26,6 +26,7 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.exclusions import Exclusions
 from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.decoding.synthetic import SyntheticAcceptance
+from drafttrain.decoding.target_view import TargetView
 from drafttrain.decoding.verify import Verdict, accepted_greedily, verify_greedy, verify_sampled
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
@@ -89,6 +90,7 @@ class Decoder:
         self.stop_strings = stop_strings
         self.synthetic = synthetic
         self._cache: DenseCache | None = None
+        self._view = TargetView(target)
         self._empty: Draft | None = None
         self._committed: Committed | None = None  # the text of the last call, for the next turn of a chat
 
@@ -172,14 +174,15 @@ class Decoder:
             max(len(prompt) + row.limit for prompt, row in zip(committed.tokens, rows, strict=True)),
             self.target.dtype,
             self.target.device,
+            self._view,
         )
         if self.drafter:  # first, for it may refuse
             self.drafter.start(committed, setting, resume)
         kept = committed.shared_with(self._committed) if resume else None
         if kept is None:
             width = 1 + (self.drafter.max_length if self.drafter else 0)
-            self._cache = None  # its storage can serve again
-            self._cache = self.target.new_cache(len(rows), setting.capacity + width)
+            self._cache = self._view.cache = None  # its storage can serve again
+            self._cache = self._view.cache = self.target.new_cache(len(rows), setting.capacity + width)
         else:
             self._cache.rollback([min(pair) for pair in zip(self._cache.lengths, kept, strict=True)])
         self._committed = committed  # from here on what the cache holds begins this text, even if a read fails
@@ -205,7 +208,7 @@ class Decoder:
         budget = [row.limit - len(row.tokens) - 1 for row in rows]
         draft = None
         if self.drafter and max(budget) > 0:
-            draft = self.drafter.propose(committed, None, budget, draws).to(self.target.device)
+            draft = self.drafter.propose(committed, None, budget, draws, self._view).to(self.target.device)
         last_B1 = upload([tokens[-1:] for tokens in committed.tokens], self.target.device)
         if draft is None:
             draft = self._no_draft(len(rows))

@@ -18,6 +18,7 @@ from drafttrain.errors import UserError
 from drafttrain.models.abreast import side_by_side, widened
 from drafttrain.models.loading import (
     DTYPES,
+    AutoDrafter,
     Loaded,
     check_folder,
     check_same_tokenizer,
@@ -46,13 +47,15 @@ def build_drafter(config: DrafterConfig, target: Loaded, seed: int = 0, trust_re
         trust_remote_code: let the code of a pretrained drafter run.
 
     Returns:
-        a `PreTrainedModel`, or a peft model around one.
+        a `PreTrainedModel` (a `LongSpecDrafter` for kind longspec), or a peft model around one.
 
     Raises:
         UserError: impossible settings, no such model, or another tokenizer than the target's.
     """
     if config.dtype not in DTYPES:
         raise UserError(f"drafter.dtype is {config.dtype}; choose one of {', '.join(DTYPES)}.")
+    if config.kind == "longspec":
+        return _longspec(config, target, seed)
     if config.init_from is not None:
         model = _pretrained(config.init_from, config, target, trust_remote_code)
     elif config.kind == "cut":
@@ -75,6 +78,12 @@ def sketch_drafter(config: DrafterConfig, target: Loaded, trust_remote_code: boo
         target: its model may be without storage too.
         trust_remote_code: let the code of a pretrained drafter run.
     """
+    if config.kind == "longspec":
+        from drafttrain.models.longspec import LongSpecDrafter
+        from drafttrain.models.longspec_new import block_config
+
+        with torch.device("meta"):
+            return LongSpecDrafter(block_config(target.model, config.block))
     path = config.init_from or (config.path if config.kind == "pretrained" else None)
     if path is not None:
         check_folder(path, weights=True)
@@ -90,6 +99,55 @@ def sketch_drafter(config: DrafterConfig, target: Loaded, trust_remote_code: boo
     _check_vocabulary(model, target)
     with torch.device("meta"):
         return _adapted(model, config, seed=0)
+
+
+def _longspec(config: DrafterConfig, target: Loaded, seed: int) -> PreTrainedModel:
+    """A block for this target, new or from a checkpoint.
+
+    Raises:
+        UserError: the target cannot be read, LoRA is asked for, or the checkpoint is of another shape than the recipe.
+    """
+    from drafttrain.models.longspec_new import block_config, new_block
+    from drafttrain.models.shared_target import check_readable
+
+    if config.lora is not None:
+        raise UserError("drafter.lora adapts causal LMs; a LongSpec drafter is small enough to be trained whole.")
+    if config.init_from is None:
+        model = new_block(target.model, config.block, DTYPES[config.dtype], seed)
+    else:
+        model = AutoDrafter.from_pretrained(config.init_from, config.dtype)
+        check_continues(model.config, block_config(target.model, config.block), config.init_from)
+        model.config.depth = config.block.depth
+    check_readable(target.model, model.config)
+    return model.requires_grad_(True)
+
+
+def check_continues(found: PretrainedConfig, wanted: PretrainedConfig, path: str) -> None:
+    """Refuse a checkpoint that is not the block of the recipe.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    for name, value in wanted.to_dict().items():
+        if name in _OF_THE_BLOCK and getattr(found, name, None) != value:
+            raise UserError(
+                f"drafter.init_from {path} has {name} {getattr(found, name, None)} where the recipe makes it {value}; "
+                "give both the same drafter.block."
+            )
+
+
+_OF_THE_BLOCK = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "window",
+    "kv_layer",
+    "final_norm",
+    "qk_norm",
+    "attention_bias",
+)
 
 
 def without_storage(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

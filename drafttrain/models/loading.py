@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,34 @@ def drafter_path(recipe: Recipe, run: RunFolder) -> str:
 
 def load_drafter(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> Loaded:
     """A drafter to decode with: eval mode, without gradients, on this process's device. Raises as `load_target`."""
-    return load_target(TargetConfig(path=str(path), dtype=dtype, trust_remote_code=trust_remote_code))
+    model = AutoDrafter.from_pretrained(path, dtype, trust_remote_code, {"": str(default_device())})
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    prints = fingerprint(model, tokenizer)
+    return Loaded(model.requires_grad_(False), tokenizer, prints, str(path), None, trust_remote_code)
+
+
+class AutoDrafter:
+    """Loads a drafter of any kind by what its folder says: a `LongSpecDrafter`, or a causal LM."""
+
+    @staticmethod
+    def from_pretrained(
+        path: str | Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, device_map: Any = None
+    ) -> Any:
+        """The model in eval mode; on the CPU when `device_map` is None. Raises as `load_target`."""
+        from drafttrain.models.longspec import LongSpecConfig, LongSpecDrafter
+
+        shape = load_model_config(path, trust_remote_code=trust_remote_code)
+        kind = LongSpecDrafter if isinstance(shape, LongSpecConfig) else None
+        return load_causal_lm(path, dtype, device_map, trust_remote_code=trust_remote_code, kind=kind)
+
+
+def is_longspec(path: str | Path) -> bool:
+    """Whether a folder holds a LongSpec drafter, told without importing anything."""
+    file = Path(path).expanduser() / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "longspec"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def load_causal_lm(
@@ -137,6 +165,7 @@ def load_causal_lm(
     revision: str | None = None,
     trust_remote_code: bool = False,
     config: Any = None,
+    kind: Any = None,
 ) -> Any:
     """A causal LM in eval mode, parameters as trainable as they are; on the CPU when `device_map` is None.
 
@@ -148,6 +177,7 @@ def load_causal_lm(
         revision: of a hub model.
         trust_remote_code: let the model's own code run.
         config: a transformers config to use instead of the stored one.
+        kind: class of the model; that of a causal LM by default.
 
     Raises:
         UserError: as `load_target`.
@@ -155,11 +185,13 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     path = check_folder(path, weights=True)
+    if kind is None and is_longspec(path):
+        raise UserError(f"{path} is a LongSpec drafter, which reads its target and cannot stand alone.")
     extra = {} if config is None else {"config": config}
     if quantization is not None:
         extra["quantization_config"] = quantization_config(quantization)
     with _told(path):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = (kind or AutoModelForCausalLM).from_pretrained(
             path,
             dtype=_dtype(dtype),
             device_map=device_map,

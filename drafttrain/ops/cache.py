@@ -201,6 +201,59 @@ class GraphLayer(CacheLayerMixin):
         return -1
 
 
+class PassingLayer(CacheLayerMixin):
+    """Stores nothing for later: a forward over whole rows sees its own keys and values, and may leave them here.
+
+    Args:
+        keep: whether to leave them, as `keys` and `values`.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keep: bool) -> None:
+        super().__init__()
+        self._keep = keep
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to allocate."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kw: object) -> tuple[Tensor, Tensor]:
+        """The states themselves."""
+        if self._keep:
+            self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As without a cache."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Nothing lies before the rows."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+def captured_layer(decoder: torch.nn.Module, layers: int, layer: int, **inputs: object) -> tuple[Tensor, ...]:
+    """Run a decoder over whole rows and keep one layer's keys and values, no others.
+
+    Args:
+        decoder: a transformers model without its head, whole or in an engine that splits it.
+        layers: how many it has.
+        layer: whose keys and values are wanted.
+        inputs: of its forward.
+
+    Returns:
+        the last hidden states [B, T, H], keys and values [B, M, T, D].
+    """
+    cache = Cache(layers=[PassingLayer(index == layer) for index in range(layers)])
+    hidden_BTH = decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    kept = cache.layers[layer]
+    return hidden_BTH, kept.keys, kept.values
+
+
 class DenseCache(Cache):
     """A ragged batch of sequences with one storage [B, N, S, D] a layer.
 

@@ -1,0 +1,226 @@
+"""Drafting with LongSpec: a block whose memory does not grow with the text, reading the target's cache in place.
+
+A round: the target has read the text but its last token. The block reads that token, and then its own drafts one by
+one; each looks at its own last tokens in a ring and at the target's keys as they lie in the target's cache. So the k-th
+drafted token is chosen k tokens behind the last one that the target has read, as trained (flash noisy training).
+"""
+
+# B batch, Q query width, K kept positions, R ring slots, S the target's slots, N heads, M key heads, D head size,
+# H hidden, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from drafttrain.decoding.draft import Committed, Draft
+from drafttrain.decoding.drafters import ModelDrafter, Setting
+from drafttrain.decoding.engine import Output, pad
+from drafttrain.decoding.stopping import StoppingRule
+from drafttrain.decoding.target_view import TargetView
+from drafttrain.errors import UserError
+from drafttrain.models.longspec import Attend, LongSpecConfig, LongSpecDrafter
+from drafttrain.ops.attention import folded_attention
+from drafttrain.ops.random import Draws
+from drafttrain.ops.ring import Ring
+from drafttrain.ops.upload import upload
+
+MARGIN = 64
+"""Drafted tokens that can be taken back without reading the window again."""
+
+
+class BlockEngine:
+    """The block of a LongSpec drafter beside its target; to a `ModelDrafter` it is an engine like any other.
+
+    Args:
+        model: the block, in the target's dtype and on its device.
+        view: of its target.
+
+    Raises:
+        UserError: it was made for a target of another shape.
+    """
+
+    chunk = MARGIN
+
+    def __init__(self, model: LongSpecDrafter, view: TargetView) -> None:
+        self.model = model.eval()
+        self.config: LongSpecConfig = model.config
+        self.view = view
+        self.entries, self.vocabulary = view.engine.entries, view.engine.vocabulary
+        self.max_positions = self.config.max_position_embeddings
+        _check_shape(self.config, view)
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._mask_B11S: Tensor | None = None
+        self._blind_B: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of the block."""
+        return self.model.self_norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the block."""
+        return self.model.self_norm.weight.dtype
+
+    def new_cache(self, rows: int, capacity: int = 0) -> Ring:
+        """An empty ring; the capacity of the text does not matter."""
+        config = self.config
+        shape = config.num_key_value_heads, config.head_dim
+        return Ring(rows, config.window, MARGIN, *shape, self.dtype, self.device)
+
+    def look(self) -> None:
+        """Take up what the target has read by now: views of its cache, and which of their slots a row has.
+
+        All steps of a round see the same.
+        """
+        lengths = self.view.lengths
+        self._mask_B11S = self._blind_B = None
+        if not max(lengths):
+            self._keys = self._values = None
+            return
+        self._keys, self._values = self.view.keys_values(self.config.kv_layer)
+        if min(lengths) == max(lengths):
+            return
+        lengths_B = upload(lengths, self.device)
+        slots_S = torch.arange(max(lengths), device=self.device)
+        hidden_BS = slots_S >= lengths_B.clamp(min=1).unsqueeze(1)
+        mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device)
+        self._mask_B11S = mask_BS.masked_fill_(hidden_BS, -torch.inf)[:, None, None]
+        self._blind_B = lengths_B == 0 if not min(lengths) else None
+
+    def forward(
+        self, ring: Ring, tokens_BQ: Tensor, counts: Sequence[int] | None = None, keep: str | None = "all"
+    ) -> Output:
+        """Read tokens behind what the ring holds. As `Engine.forward`; what is not kept costs two projections."""
+        positions_BQ = ring.next_positions(tokens_BQ.shape[1])
+        embedded_BQH = self.view.embeddings(tokens_BQ)
+        rotary = self.view.rotary(embedded_BQH, positions_BQ)
+        normed_BQH = self.model.self_norm(embedded_BQH)
+        ring.write(*self.model.self_attn.keys_values(normed_BQH, rotary), positions_BQ, counts)
+        if keep is None:
+            return Output(None, normed_BQH)
+        if keep == "last" and tokens_BQ.shape[1] > 1:
+            embedded_BQH, normed_BQH, positions_BQ, *rotary = _last(
+                counts, embedded_BQH, normed_BQH, positions_BQ, *rotary
+            )
+        states_BKH = self.model.rest(
+            embedded_BQH, normed_BQH, tuple(rotary), self._windowed(ring, positions_BQ), self._reading
+        )
+        return Output(self.view.logits(states_BKH), states_BKH)
+
+    def read(self, ring: Ring, rows: Sequence[Sequence[int]]) -> None:
+        """Read many tokens a row: of each only the last window of tokens, for nothing older can be seen."""
+        beyond = [max(0, len(row) - self.config.window) for row in rows]
+        ring.skip(beyond)
+        rows = [row[more:] for row, more in zip(rows, beyond, strict=True)]
+        if any(rows):
+            self.forward(ring, *pad(rows, self.device), keep=None)
+
+    def _windowed(self, ring: Ring, positions_BQ: Tensor) -> Attend:
+        def attend(q_BNQD: Tensor) -> Tensor:
+            visible_BQR = ring.visible(positions_BQ)
+            mask_BQR = torch.zeros(visible_BQR.shape, dtype=self.dtype, device=self.device)
+            mask_B1QR = mask_BQR.masked_fill_(~visible_BQR, -torch.inf).unsqueeze(1)
+            if q_BNQD.shape[2] > 1:
+                mask_B1QR = mask_B1QR.repeat(1, 1, q_BNQD.shape[1] // ring.keys.shape[1], 1)
+            return self._attend(q_BNQD, ring.keys, ring.values, mask_B1QR)
+
+        return attend
+
+    def _reading(self, q_BNQD: Tensor) -> Tensor:
+        if self._keys is None:
+            return torch.zeros_like(q_BNQD)
+        found = self._attend(q_BNQD, self._keys, self._values, self._mask_B11S)
+        if self._blind_B is not None:
+            found = found.masked_fill(self._blind_B[:, None, None, None], 0.0)
+        return found
+
+    def _attend(self, q_BNQD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        found_BQND, _ = folded_attention(self.model, q_BNQD, keys, values, mask, self.config.scaling)
+        return found_BQND.transpose(1, 2)
+
+
+class LongSpec(ModelDrafter):
+    """Drafts a chain with a LongSpec drafter.
+
+    Args:
+        model: the drafter.
+        length, stop, name, check_every: as of `ModelDrafter`; the state that a rule sees is that behind the block.
+    """
+
+    def __init__(
+        self,
+        model: LongSpecDrafter,
+        length: int | None = None,
+        stop: StoppingRule | None = None,
+        name: str = "drafter",
+        check_every: int = 1,
+    ) -> None:
+        super().__init__(None, length, stop, name, check_every)
+        self.model = model
+
+    def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
+        """Read the last window of each prompt, without its last token.
+
+        Raises:
+            UserError: as `ModelDrafter.start`, or the drafter was made for a target of another shape.
+        """
+        if setting.target_view is None:
+            raise UserError(f"{self.name} reads its target while it drafts, and here is none; decode with a target.")
+        if self.engine is None or self.engine.view.engine is not setting.target_view.engine:
+            self.engine, self._committed = BlockEngine(self.model, setting.target_view), None
+        self.engine.view = setting.target_view
+        super().start(committed, setting, resume)
+
+    def propose(
+        self,
+        committed: Committed,
+        prefix: Draft | None,
+        budget: Sequence[int],
+        random: Draws,
+        target_view: TargetView | None = None,
+    ) -> Draft:
+        """Draft a chain behind committed ++ prefix."""
+        self.engine.view = target_view
+        self.engine.look()
+        return super().propose(committed, prefix, budget, random, target_view)
+
+    def score(self, committed: Committed, draft: Draft) -> Tensor:
+        """Logits for another's tokens."""
+        self.engine.look()
+        return super().score(committed, draft)
+
+    def _readable(self, tokens: Sequence[int]) -> Sequence[int]:
+        """What the target can read it can read, for the embeddings are the target's."""
+        return tokens
+
+
+def _check_shape(config: LongSpecConfig, view: TargetView) -> None:
+    target = view.engine.config
+    size = getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads
+    heads = getattr(target, "num_key_value_heads", None) or target.num_attention_heads
+    pairs = {
+        "hidden size": (config.hidden_size, target.hidden_size),
+        "vocabulary": (config.vocab_size, target.vocab_size),
+        "head size": (config.head_dim, size),
+        "key heads": (config.num_attention_heads % heads, 0),
+    }
+    wrong = [name for name, (own, theirs) in pairs.items() if own != theirs]
+    if wrong or config.kv_layer >= target.num_hidden_layers:
+        raise UserError(
+            f"the LongSpec drafter was made for a target of another shape ({wrong[0] if wrong else 'layers'}); train "
+            "one for this target."
+        )
+
+
+def _last(counts: Sequence[int] | None, *values: Tensor) -> list[Tensor]:
+    """The last real position of each row, in tensors [B or 1, Q, ...]."""
+    if counts is None:
+        return [value[:, -1:] for value in values]
+    last_B = upload([max(count - 1, 0) for count in counts], values[0].device)
+    rows_B = torch.arange(len(counts), device=last_B.device)
+    return [value.expand(len(counts), *value.shape[1:])[rows_B, last_B].unsqueeze(1) for value in values]

@@ -1,0 +1,94 @@
+"""The states of a LongSpec drafter over whole rows, as it is trained: the target is read once, with all its keys.
+
+The same positions drive the frozen target and the block, so that short rows may stand at any places of a long text
+(`positions`), and each row's queries look at the target's keys from a lag behind (`longspec.lagged_attention`).
+"""
+
+# B batch, T time, M key heads, D head size, H hidden
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from drafttrain.models.longspec import LongSpecDrafter, Rotary, lagged_attention, windowed_attention
+from drafttrain.models.shared_target import RotaryOf
+from drafttrain.ops.cache import captured_layer
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a target tells a block about some rows.
+
+    Attributes:
+        embedded_BTH: its embeddings of the tokens.
+        hidden_BTH: its last states, after the final norm.
+        keys_BMTD, values_BMTD: of the layer that is read.
+        rotary: at the positions.
+        positions_BT: of the tokens, [B or 1, T].
+    """
+
+    embedded_BTH: Tensor
+    hidden_BTH: Tensor
+    keys_BMTD: Tensor
+    values_BMTD: Tensor
+    rotary: Rotary
+    positions_BT: Tensor
+
+
+@torch.no_grad()
+def read_target(
+    target: PreTrainedModel,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    layer: int,
+    positions_BT: Tensor | None = None,
+    decoder: nn.Module | None = None,
+) -> Reading:
+    """Run the target over whole rows.
+
+    Args:
+        target: frozen.
+        ids_BT: token ids.
+        mask_BT: 1 on tokens, 0 on padding, which is on the right.
+        layer: whose keys and values are kept.
+        positions_BT: rising, all distances between neighbours 1 or more; None counts from 0.
+        decoder: what runs instead of the target's own decoder (an engine that splits it).
+    """
+    if positions_BT is None:
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
+    hidden_BTH, keys, values = captured_layer(
+        target.get_decoder() if decoder is None else decoder,
+        target.config.get_text_config().num_hidden_layers,
+        layer,
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=positions_BT,
+    )
+    embedded_BTH = target.get_input_embeddings()(ids_BT)
+    rotary = RotaryOf(target)(embedded_BTH, positions_BT)
+    return Reading(embedded_BTH, hidden_BTH, keys, values, rotary, positions_BT)
+
+
+def block_states(block: LongSpecDrafter, reading: Reading, lag_B: Tensor) -> Tensor:
+    """The block's states at every token, [B, T, H]: the target's head over them gives its logits.
+
+    Args:
+        block: perhaps wrapped for training.
+        reading: of the rows.
+        lag_B: how many of the target's last tokens each row's queries do without, 1 or more: 1 at the first drafted
+            token of a round, k at the k-th.
+    """
+    config = block.config
+    windowed = partial(
+        windowed_attention, positions_BT=reading.positions_BT, window=config.window, scaling=config.scaling
+    )
+
+    def look(q_BNTD: Tensor) -> Tensor:
+        return lagged_attention(q_BNTD, reading.keys_BMTD, reading.values_BMTD, lag_B, config.scaling)
+
+    return block(reading.embedded_BTH, reading.rotary, windowed, look)
