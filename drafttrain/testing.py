@@ -33,6 +33,7 @@ from drafttrain.evaluation.reference import tree
 from drafttrain.evaluation.statistics import chi_square
 from drafttrain.ops.random import Draws
 from drafttrain.ops.sampling import Sampling, seen_tokens
+from drafttrain.ops.tree import ABSENT, ROOT, depth_of
 
 VOCABULARY = 6
 """Tokens that the target emits: 0 to 5."""
@@ -174,8 +175,8 @@ class _Wrapped:
     def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
         self.drafter.start(committed, setting, resume)
 
-    def commit(self, agreed: Sequence[int]) -> None:
-        self.drafter.commit(agreed)
+    def commit(self, agreed: Sequence[int], *paths: Sequence[Sequence[int]]) -> None:
+        self.drafter.commit(agreed, *paths)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.drafter.keep(rows)
@@ -219,13 +220,14 @@ class _Watched(_Wrapped):
 
 @dataclasses.dataclass(frozen=True)
 class _Proposal:
-    """What was proposed in a row: tokens, and q of those that were sampled."""
+    """What was proposed in a row: tokens, q of those that were sampled, and the parents of a tree."""
 
     tokens: list[int]
     q_KV: Tensor | None
+    parents: list[int] | None = None
 
     def same(self, other: _Proposal) -> bool:
-        if self.tokens != other.tokens or (self.q_KV is None) != (other.q_KV is None):
+        if (self.tokens, self.parents) != (other.tokens, other.parents) or (self.q_KV is None) != (other.q_KV is None):
             return False
         return self.q_KV is None or (
             self.q_KV.shape == other.q_KV.shape and torch.allclose(self.q_KV, other.q_KV, atol=1e-6)
@@ -236,10 +238,21 @@ class _Proposal:
 
 
 def _by_row(draft: Draft) -> list[_Proposal]:
-    """The proposals of a draft without its padding."""
+    """The proposals of a draft without its padding (that of a tree says nothing either)."""
+    if draft.parents_BK is not None:
+        q = [None] * len(draft.tokens_BK) if draft.probs_BKV is None else draft.probs_BKV
+        trees = zip(draft.rows(), q, draft.parents_BK.tolist(), strict=True)
+        return [_without_padding(*tree) for tree in trees]
     if draft.probs_BKV is None:
         return [_Proposal(tokens, None) for tokens in draft.rows()]
     return [_Proposal(row, q_KV[: len(row)]) for row, q_KV in zip(draft.rows(), draft.probs_BKV, strict=True)]
+
+
+def _without_padding(tokens: list[int], q_PV: Tensor | None, parents: list[int]) -> _Proposal:
+    """A tree's proposal; levels that a row has not are missing when it is alone."""
+    last = max((node for node, parent in enumerate(parents) if parent != ABSENT), default=-1)
+    inner = max((parent for parent in parents), default=ROOT)
+    return _Proposal(tokens[: last + 1], None if q_PV is None else q_PV[: inner + 2], parents[: last + 1])
 
 
 def _check_draft(draft: Draft, budget: Sequence[int], longest: int, vocabulary: int) -> None:
@@ -252,9 +265,10 @@ def _check_draft(draft: Draft, budget: Sequence[int], longest: int, vocabulary: 
         )
     if draft.width > longest:
         raise AssertionError(f"its draft is {draft.width} tokens wide, more than its max_length of {longest}")
-    for row, (tokens, most) in enumerate(zip(draft.rows(), budget, strict=True)):
-        if len(tokens) > most:
-            raise AssertionError(f"it proposes {len(tokens)} tokens in row {row}, whose budget is {most}")
+    lengths = map(len, draft.rows()) if draft.parents_BK is None else map(depth_of, draft.parents_BK.tolist())
+    for row, (tokens, length, most) in enumerate(zip(draft.rows(), lengths, budget, strict=True)):
+        if length > most:
+            raise AssertionError(f"it proposes {length} tokens in row {row}, whose budget is {most}")
         if any(not 0 <= token < vocabulary for token in tokens):
             raise AssertionError(f"it proposes {tokens}, but the target knows the tokens 0 to {vocabulary - 1} alone")
     if draft.probs_BKV is not None:
@@ -265,6 +279,9 @@ def _check_declared(draft: Draft, vocabulary: int) -> None:
     """Of the tokens that were sampled: q is a distribution over the target's tokens, and they are possible in it."""
     if draft.probs_BKV.shape[-1] > vocabulary:
         raise AssertionError(f"q is declared for {draft.probs_BKV.shape[-1]} tokens, but the target knows {vocabulary}")
+    if draft.parents_BK is not None:
+        _check_tree(draft)
+        return
     sampled_BK = torch.ones_like(draft.tokens_BK, dtype=torch.bool)
     for mask_BK in (draft.inside(), draft.sampled_BK):
         sampled_BK = sampled_BK if mask_BK is None else sampled_BK & mask_BK
@@ -274,6 +291,16 @@ def _check_declared(draft: Draft, vocabulary: int) -> None:
     q_BK = draft.probs_BKV.gather(2, draft.tokens_BK.clamp(max=draft.probs_BKV.shape[-1] - 1).unsqueeze(2)).squeeze(2)
     if (q_BK[sampled_BK] <= 0).any():
         raise AssertionError("a token is proposed that is impossible in the q declared for it")
+
+
+def _check_tree(draft: Draft) -> None:
+    """Of a drawn tree: every parent has a q in which its children are possible."""
+    for tokens, parents, q_PV in zip(draft.rows(), draft.parents_BK.tolist(), draft.probs_BKV, strict=True):
+        for token, parent in zip(tokens, parents, strict=True):
+            if parent == ABSENT:
+                continue
+            if abs(q_PV[parent + 1].sum() - 1) > 1e-5 or not q_PV[parent + 1, token] > 0:
+                raise AssertionError("a token is proposed that is impossible in the q declared for its parent")
 
 
 # ---- interface and state ----

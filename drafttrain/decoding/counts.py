@@ -17,7 +17,7 @@ class Counts:
         drafted: proposed tokens.
         accepted: proposed tokens that were emitted.
         discarded: proposed tokens that were not.
-        drafted_at: rounds that proposed a token at each place of the block.
+        drafted_at: rounds that proposed a token at each place of the block, or at each depth of a tree.
         reached_at: of those, rounds that emitted every token before it, so that this one was judged; an end token ends
             the judging. accepted_at / reached_at is the conditional acceptance.
         accepted_at: rounds whose token at each place was emitted.
@@ -48,7 +48,15 @@ class Counts:
         """Accepted / drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
-    def add_round(self, emitted: int, drafted: int, accepted: int, forwards: dict[str, int], seconds: float) -> None:
+    def add_round(
+        self,
+        emitted: int,
+        drafted: int,
+        accepted: int,
+        forwards: dict[str, int],
+        seconds: float,
+        depth: int | None = None,
+    ) -> None:
         """Count one round.
 
         Args:
@@ -57,7 +65,9 @@ class Counts:
             accepted: proposed tokens among the emitted.
             forwards: draft forwards by member.
             seconds: the row's share of the round's time.
+            depth: tokens of the longest path where they are a tree; None is a chain of all of them.
         """
+        depth = drafted if depth is None else depth
         self.tokens += emitted
         self.rounds += 1
         self.target_forwards += 1
@@ -67,14 +77,14 @@ class Counts:
         self.decode_seconds += seconds
         for name, count in forwards.items():
             self.draft_forwards[name] = self.draft_forwards.get(name, 0) + count
-        missing = drafted - len(self.drafted_at)
+        missing = depth - len(self.drafted_at)
         if missing > 0:
             self.drafted_at.extend([0] * missing)
             self.reached_at.extend([0] * missing)
             self.accepted_at.extend([0] * missing)
-        for place in range(drafted):
+        for place in range(depth):
             self.drafted_at[place] += 1
-        for place in range(min(drafted, emitted)):
+        for place in range(min(depth, emitted)):
             self.reached_at[place] += 1
         for place in range(accepted):
             self.accepted_at[place] += 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.decoding.exclusions import Exclusions
+from drafttrain.ops.tree import ABSENT
 
 
 @dataclass
@@ -44,9 +45,11 @@ class Committed:
             self.exclusions = [self.exclusions[row] for row in rows]
 
     def extended(self, prefix: Draft | None) -> list[list[int]]:
-        """The text of each row with an uncommitted draft behind it. Reads the draft from the device."""
+        """The text of each row with an uncommitted draft behind it, a chain. Reads the draft from the device."""
         if prefix is None or prefix.width == 0:
             return self.tokens
+        if prefix.parents_BK is not None:
+            raise ValueError("a tree has many ends; only a chain can be extended")
         return [text + more for text, more in zip(self.tokens, prefix.rows(), strict=True)]
 
     def shared_with(self, other: Committed | None) -> list[int] | None:
@@ -64,14 +67,17 @@ class Committed:
 
 @dataclass
 class Draft:
-    """Proposed continuations: a chain of at most K tokens a row.
+    """Proposed continuations: a chain or a tree of at most K tokens a row.
 
     Attributes:
-        tokens_BK: int64 token ids; what lies beyond a row's length is padding.
-        length_B: int64 tokens proposed in each row; None means K in all of them, which the host then knows.
+        tokens_BK: int64 token ids; what lies beyond a row's length is padding. In a tree siblings are distinct.
+        length_B: int64 tokens proposed in each row of chains; None means K in all of them, which the host then knows.
+        parents_BK: int64, of a tree: the index of each token's parent, which is an earlier one, `ROOT`, or `ABSENT` for
+            padding (ops/tree.py). Siblings are verified in their order. None is a chain.
         probs_BKV: the dense distribution q each token was drawn from, or None where every token is deterministic. May
             be declared only if a token's presence does not depend on its own value; greedy, copied and beam-selected
-            tokens are deterministic.
+            tokens are deterministic. A tree keeps q by parent, of the root in row 0 and of token k in row k + 1, as far
+            as there are children, which were drawn from it one after another without replacement.
         sampled_BK: bool, which tokens were drawn from their row of ``probs_BKV``; None means all of them.
         source: who proposed the tokens: one label, or one a token ([B][K]).
         forwards: forward passes spent in each row, by member: int64 [B], or one number for all rows.
@@ -86,6 +92,7 @@ class Draft:
     source: str | list[list[str]] = "drafter"
     forwards: dict[str, Tensor | int] = field(default_factory=dict)
     origins: list[list[int | None]] | None = None
+    parents_BK: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -101,6 +108,8 @@ class Draft:
 
     def inside(self) -> Tensor | None:
         """Which columns hold a row's tokens: bool [B, K], None if all do."""
+        if self.parents_BK is not None:
+            return self.parents_BK != ABSENT
         if self.length_B is None:
             return None
         return torch.arange(self.width, device=self.tokens_BK.device) < self.length_B.unsqueeze(1)
@@ -117,7 +126,7 @@ class Draft:
         """The same draft on another device."""
         if self.tokens_BK.device == device:
             return self
-        names = ("tokens_BK", "length_B", "probs_BKV", "sampled_BK")
+        names = ("tokens_BK", "length_B", "probs_BKV", "sampled_BK", "parents_BK")
         moved = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
         forwards = {
             name: count if isinstance(count, int) else count.to(device) for name, count in self.forwards.items()

@@ -109,12 +109,13 @@ class Drafter(Protocol):
         """
         raise UserError(f"{self.name} has no logits to hold another drafter's tokens against")
 
-    def commit(self, agreed: Sequence[int]) -> None:
+    def commit(self, agreed: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
         """A round is over and the committed text has grown.
 
         Args:
             agreed: of the tokens that this drafter saw beyond the committed text (prefix ++ its own proposal), how many
                 are now committed. It forgets the others.
+            paths: of a tree, which of its own proposal's tokens; given only to drafters that propose trees.
         """
         ...
 
@@ -152,6 +153,7 @@ class ModelDrafter:
         self.check_every = check_every
         self.max_length = stop.max_length if length is None else min(length, stop.max_length)
         self.cache: DenseCache | None = None
+        self._spare = 1  # slots beyond the longest sequence
         self._setting: Setting | None = None
         self._committed: Committed | None = None
         self._base: list[int] = []  # committed tokens of each row when the last proposal began
@@ -164,7 +166,7 @@ class ModelDrafter:
         self._committed = committed
         if kept is None:
             self.cache = None  # its storage can serve again
-            self.cache = self.engine.new_cache(len(committed.tokens), setting.capacity + 1)
+            self.cache = self.engine.new_cache(len(committed.tokens), setting.capacity + self._spare)
         else:
             self.cache.rollback([min(length, keep) for length, keep in zip(self.cache.lengths, kept, strict=True)])
         self._base = committed.lengths
@@ -202,7 +204,7 @@ class ModelDrafter:
         rest = self.engine.forward(self.cache, draft.tokens_BK.clamp(max=self.engine.entries - 1)).logits
         return torch.cat([first, rest], dim=1)[..., : self._setting.vocabulary]
 
-    def commit(self, agreed: Sequence[int]) -> None:
+    def commit(self, agreed: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
         """Roll the cache back to what was accepted."""
         valid = [base + count for base, count in zip(self._base, agreed, strict=True)]
         self.cache.rollback([min(pair) for pair in zip(self.cache.lengths, valid, strict=True)])
@@ -265,7 +267,7 @@ class _Round:
         self.ragged = min(limits) < width
         self.seen_BV = None
         if self.sampling.penalised:
-            self.seen_BV = _seen_with(committed, prefix).to(drafter.engine.device)
+            self.seen_BV = seen_with(committed, prefix).to(drafter.engine.device)
 
     def run(self, tokens_BQ: Tensor, counts: list[int] | None, u_BK: Tensor | None) -> Draft:
         """Draft up to ``width`` tokens behind the pending ones; ``u_BK`` is needed to sample."""
@@ -344,7 +346,7 @@ class _Round:
         return going_B if stop_B is None else going_B & ~stop_B
 
 
-def _seen_with(committed: Committed, prefix: Draft | None) -> Tensor:
+def seen_with(committed: Committed, prefix: Draft | None) -> Tensor:
     """The tokens seen before the first drafted one: bool [B, V], a copy to be extended."""
     if prefix is None or prefix.width == 0:
         return committed.seen_BV.clone()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +29,12 @@ from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.decoding.target_view import TargetView
 from drafttrain.decoding.verify import Verdict, accepted_greedily, verify_greedy, verify_sampled
+from drafttrain.decoding.verify_tree import matching_path, verify_tree
 from drafttrain.errors import UserError
 from drafttrain.ops.cache import DenseCache
-from drafttrain.ops.random import Draws
+from drafttrain.ops.random import Draws, sample
 from drafttrain.ops.sampling import Sampling, seen_along, seen_tokens
+from drafttrain.ops.tree import ABSENT, TreeBlock, depth_of
 from drafttrain.ops.upload import upload
 
 
@@ -46,6 +49,26 @@ class _Row:
     origins: list[int | None] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     finish_reason: str | None = None
+
+
+class Reply(NamedTuple):
+    """What the host must know of a row's round.
+
+    Attributes:
+        accepted: drafted tokens that the target accepts.
+        drafted: tokens proposed.
+        forwards: of the drafter's members, in the draft's order.
+        tokens: the first accepted + 1 are emitted, the rest is padding.
+        path: of a tree: the accepted nodes; None for a chain.
+        depth: of a tree: tokens of its longest path.
+    """
+
+    accepted: int
+    drafted: int
+    forwards: list[int]
+    tokens: list[int]
+    path: list[int] | None = None
+    depth: int | None = None
 
 
 class Decoder:
@@ -198,13 +221,8 @@ class Decoder:
 
     # ---- a round ----
 
-    def _round(self, committed: Committed, rows: list[_Row], draws: Draws) -> tuple[Draft, list[list[int]]]:
-        """Draft and verify.
-
-        Returns:
-            the draft, and per row what the host must know: accepted, drafted, forwards by member, emitted tokens (and
-            padding).
-        """
+    def _round(self, committed: Committed, rows: list[_Row], draws: Draws) -> tuple[Draft, list[Reply]]:
+        """Draft and verify."""
         budget = [row.limit - len(row.tokens) - 1 for row in rows]
         draft = None
         if self.drafter and max(budget) > 0:
@@ -213,32 +231,71 @@ class Decoder:
         if draft is None:
             draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
-        logits = self.target.forward(self._cache, block).logits
-        if self.sampling.greedy and self.synthetic is None:
-            return draft, self._compare(draft, self.sampling.choose(logits, self._seen(committed, draft)))
+        if draft.parents_BK is None:
+            logits = self.target.forward(self._cache, block).logits
+        else:
+            logits = self.target.forward(self._cache, block, tree=TreeBlock.below_root(draft.parents_BK)).logits
+        if self.synthetic is None and self._compares(draft):
+            return draft, self._compare(draft, self._choice(logits, committed, draft, draws))
         verdict = self._verify(logits, committed, draft, draws)
         if self.synthetic is not None and draft.width:
             verdict = self.synthetic.exchange(verdict, draft, draws.at("synthetic", committed.lengths, draft.width))
         return draft, self._outcome(draft, verdict)
 
-    def _compare(self, draft: Draft, choice: Tensor) -> list[list[int]]:
-        """Greedy verification: tokens are compared where they are read, which takes the device no operations."""
+    def _compares(self, draft: Draft) -> bool:
+        """Whether tokens are accepted that equal the target's choice: greedy, or a tree of deterministic tokens."""
+        return self.sampling.greedy or (draft.parents_BK is not None and draft.probs_BKV is None)
+
+    def _choice(self, logits: Tensor, committed: Committed, draft: Draft, draws: Draws) -> Tensor:
+        """The target's token behind every token of the block, int64 [B, K + 1]: its argmax, or a draw."""
+        seen = self._seen(committed, draft)
+        if self.sampling.greedy:
+            return self.sampling.choose(logits, seen)
+        u_next = draws.at("target", committed.lengths, draft.width + 1)
+        depth = TreeBlock.below_root(draft.parents_BK).depth_BT  # draws belong to positions
+        return sample(self.sampling.probabilities(logits, seen), u_next.gather(1, depth))
+
+    def _compare(self, draft: Draft, choice: Tensor) -> list[Reply]:
+        """Tokens are compared where they are read, which takes the device no operations."""
         if draft.width == 0:
-            return [[0, 0, token] for (token,) in self._read(draft, choice)]
+            return [Reply(0, 0, [], token) for token in self._read(draft, choice)]
+        if draft.parents_BK is not None:
+            return self._compare_trees(draft, choice)
         members, width = len(draft.forwards), draft.width
         reply = []
         for drafted, *rest in self._read(draft, draft.tokens_BK, choice):
             tokens, chosen = rest[members : members + drafted], rest[members + width :]
-            reply.append([accepted_greedily(tokens, chosen), drafted, *rest[:members], *chosen])
+            reply.append(Reply(accepted_greedily(tokens, chosen), drafted, rest[:members], chosen))
         return reply
 
-    def _outcome(self, draft: Draft, verdict: Verdict) -> list[list[int]]:
+    def _compare_trees(self, draft: Draft, choice: Tensor) -> list[Reply]:
+        members, width = len(draft.forwards), draft.width
+        reply = []
+        for _, *rest in self._read(draft, draft.tokens_BK, draft.parents_BK, choice):
+            forwards, tokens = rest[:members], rest[members : members + width]
+            parents, chosen = rest[members + width : members + 2 * width], rest[members + 2 * width :]
+            path = matching_path(parents, tokens, chosen)
+            emitted = [chosen[0], *(chosen[node + 1] for node in path)]
+            drafted = sum(parent != ABSENT for parent in parents)
+            reply.append(Reply(len(path), drafted, forwards, emitted, path, depth_of(parents)))
+        return reply
+
+    def _outcome(self, draft: Draft, verdict: Verdict) -> list[Reply]:
         """What was verified on the device."""
         if draft.width == 0:
-            return [[0, 0, token] for (token,) in self._read(draft, verdict.emitted)]
-        members = len(draft.forwards)
-        reply = self._read(draft, verdict.accepted_B.unsqueeze(1), verdict.emitted)
-        return [[rest[members], drafted, *rest[:members], *rest[members + 1 :]] for drafted, *rest in reply]
+            return [Reply(0, 0, [], token) for token in self._read(draft, verdict.emitted)]
+        members, width = len(draft.forwards), draft.width
+        if draft.parents_BK is None:
+            read = self._read(draft, verdict.accepted_B.unsqueeze(1), verdict.emitted)
+            return [Reply(rest[members], drafted, rest[:members], rest[members + 1 :]) for drafted, *rest in read]
+        reply = []
+        found = verdict.accepted_B.unsqueeze(1), draft.parents_BK, verdict.path_BK, verdict.emitted
+        for _, *rest in self._read(draft, *found):
+            forwards, accepted, rest = rest[:members], rest[members], rest[members + 1 :]
+            parents, path, emitted = rest[:width], rest[width : width + accepted], rest[2 * width :]
+            drafted = sum(parent != ABSENT for parent in parents)
+            reply.append(Reply(accepted, drafted, forwards, emitted, path, depth_of(parents)))
+        return reply
 
     def _read(self, draft: Draft, *found: Tensor) -> list[list[int]]:
         """The one read from the device of a round: in each row tokens drafted, forwards by member, and ``found``.
@@ -264,7 +321,9 @@ class Decoder:
 
     def _seen(self, committed: Committed, draft: Draft) -> Tensor | None:
         """For a penalty: the tokens before each of the block's."""
-        return None if committed.seen_BV is None else seen_along(committed.seen_BV, draft.tokens_BK)
+        if committed.seen_BV is None:
+            return None
+        return seen_along(committed.seen_BV, draft.tokens_BK, draft.parents_BK)
 
     def _verify(self, logits: Tensor, committed: Committed, draft: Draft, draws: Draws) -> Verdict:
         seen = self._seen(committed, draft)
@@ -273,34 +332,45 @@ class Decoder:
         starts, width = committed.lengths, draft.width
         u_next = draws.at("target", starts, width + 1)
         u_accept_BK = draws.at("accept", starts, width)
-        return verify_sampled(self.sampling.probabilities(logits, seen), draft, u_accept_BK, u_next)
+        verify = verify_sampled if draft.parents_BK is None else verify_tree
+        return verify(self.sampling.probabilities(logits, seen), draft, u_accept_BK, u_next)
 
-    def _settle(
-        self, committed: Committed, rows: list[_Row], draft: Draft, reply: list[list[int]], started: float
-    ) -> None:
+    def _settle(self, committed: Committed, rows: list[_Row], draft: Draft, reply: list[Reply], started: float) -> None:
         """Emit the round's tokens, end rows, and roll the caches back to what is committed."""
-        names = list(draft.forwards) if draft.width else []
         read = [length - draft.width - 1 for length in self._cache.lengths]  # before the round's forward
         emitted: list[list[int]] = []
         agreed: list[int] = []
-        for place, (row, (accepted, _, *rest)) in enumerate(zip(rows, reply, strict=True)):
-            tokens, row.finish_reason = self._cut(row, rest[len(names) :][: accepted + 1])
+        for place, (row, own) in enumerate(zip(rows, reply, strict=True)):
+            tokens, row.finish_reason = self._cut(row, own.tokens[: own.accepted + 1])
             emitted.append(tokens)
-            agreed.append(min(accepted, len(tokens)))
+            agreed.append(min(own.accepted, len(tokens)))
+            nodes = range(own.accepted) if own.path is None else own.path
             row.tokens += tokens
-            row.sources += [draft.label(place, k) if k < accepted else "target" for k in range(len(tokens))]
-            row.origins += [draft.origin(place, k) if k < accepted else None for k in range(len(tokens))]
+            drafted = nodes[: len(tokens)]
+            others = len(tokens) - len(drafted)
+            row.sources += [draft.label(place, node) for node in drafted] + ["target"] * others
+            row.origins += [draft.origin(place, node) for node in drafted] + [None] * others
             committed.tokens[place] += tokens
         # The last emitted token is not read yet, in either model.
-        self._cache.rollback([length + len(tokens) for length, tokens in zip(read, emitted, strict=True)])
+        if draft.parents_BK is None:
+            self._cache.rollback([length + len(tokens) for length, tokens in zip(read, emitted, strict=True)])
+            paths = None
+        else:
+            paths = [own.path[:count] for own, count in zip(reply, agreed, strict=True)]
+            kept = [
+                [0, *(node + 1 for node in path[: len(tokens) - 1])]
+                for path, tokens in zip(paths, emitted, strict=True)
+            ]
+            self._cache.keep_path(read, kept)
         if self.drafter:
-            self.drafter.commit(agreed)
+            self.drafter.commit(agreed) if paths is None else self.drafter.commit(agreed, paths)
         if committed.seen_BV is not None:
             for place, tokens in enumerate(emitted):
                 committed.seen_BV[place, tokens] = True
         seconds = (time.perf_counter() - started) / len(rows)
-        for row, tokens, (_, drafted, *rest), accepted in zip(rows, emitted, reply, agreed, strict=True):
-            row.counts.add_round(len(tokens), drafted, accepted, dict(zip(names, rest, strict=False)), seconds)
+        for row, tokens, own, accepted in zip(rows, emitted, reply, agreed, strict=True):
+            forwards = dict(zip(draft.forwards, own.forwards, strict=False))
+            row.counts.add_round(len(tokens), own.drafted, accepted, forwards, seconds, own.depth)
 
     def _cut(self, row: _Row, tokens: list[int]) -> tuple[list[int], str | None]:
         """A round's tokens up to and including the first that ends the row, and why it ends there."""

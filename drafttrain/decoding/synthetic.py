@@ -68,7 +68,12 @@ class SyntheticAcceptance:
 
         Returns:
             accepted tokens by the rates; emitted are these and the token that the target added in the real verdict.
+
+        Raises:
+            UserError: the draft is a tree.
         """
+        if draft.parents_BK is not None:
+            raise UserError("synthetic acceptance goes by places of a chain and cannot judge a tree; give it a length.")
         accepted_B = leading(u_BK < self._on(u_BK.device, draft.width), draft)
         next_B1 = verdict.emitted.gather(1, verdict.accepted_B.unsqueeze(1))
         return Verdict(accepted_B, pad(draft.tokens_BK, (0, 1)).scatter_(1, accepted_B.unsqueeze(1), next_B1))

@@ -27,10 +27,12 @@ class Verdict(NamedTuple):
     Attributes:
         accepted_B: int64, leading drafted tokens that the target accepts.
         emitted: int64 [B, K + 1]; the first accepted + 1 are the round's tokens, the rest is padding.
+        path_BK: int64, of a tree: the accepted nodes, the rest is padding; None for a chain.
     """
 
     accepted_B: Tensor
     emitted: Tensor
+    path_BK: Tensor | None = None
 
 
 def verify_greedy(choice: Tensor, draft: Draft) -> Verdict:

@@ -57,6 +57,52 @@ def sample(probs_BV: Tensor, u_B: Tensor) -> Tensor:
     return token_B1.squeeze(-1).clamp_(max=probs_BV.shape[-1] - 1)
 
 
+def sample_apart(probs_BWV: Tensor, from_BN: Tensor, u_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw from several distributions at once, from each without replacement.
+
+    The n-th draw is from the distribution that ``from_BN`` names, without the tokens that earlier draws took from it:
+    the cumulative sum is inverted with their intervals left out.
+
+    Args:
+        probs_BWV: W distributions a row.
+        from_BN: int64 in 0 .. W - 1.
+        u_BN: float64 uniforms in [0, 1).
+
+    Returns:
+        int64 token ids [B, N]; and bool [B, N], false where the distribution had no tokens left.
+    """
+    rows_B = torch.arange(len(probs_BWV), device=probs_BWV.device)
+    cumulative_BWV = probs_BWV.cumsum(-1, dtype=torch.float64)
+    lows_BN, highs_BN = torch.zeros_like(u_BN), torch.zeros_like(u_BN)
+    tokens, present = [], []
+    for number, (from_B, u_B) in enumerate(zip(from_BN.unbind(1), u_BN.unbind(1), strict=True)):
+        cumulative_BV = cumulative_BWV[rows_B, from_B]
+        taken_BN = from_BN[:, :number] == from_B.unsqueeze(1)
+        low_BN, order_BN = lows_BN[:, :number].masked_fill(~taken_BN, torch.inf).sort(1)
+        high_BN = highs_BN[:, :number].masked_fill(~taken_BN, torch.inf).gather(1, order_BN)
+        size_BN = (high_BN - low_BN).nan_to_num_(0.0)
+        total_B = cumulative_BV[:, -1]
+        left_B = total_B - size_BN.sum(1)
+        threshold_B = u_B * left_B
+        for low_B, high_B in zip(low_BN.unbind(1), high_BN.unbind(1), strict=True):  # rounding leads into none of them
+            beyond_B = torch.maximum(threshold_B + (high_B - low_B), high_B)
+            threshold_B = torch.where(threshold_B >= low_B, beyond_B, threshold_B)
+        token_B = torch.searchsorted(cumulative_BV, threshold_B.unsqueeze(1), right=True).squeeze(1)
+        there_B = (left_B > _NOTHING_LEFT * total_B) & (token_B < probs_BWV.shape[2])
+        token_B = token_B.clamp(max=probs_BWV.shape[2] - 1)
+        highs_BN[:, number] = cumulative_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
+        lows_BN[:, number] = torch.where(
+            token_B > 0, cumulative_BV.gather(1, (token_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0.0
+        )
+        tokens.append(token_B)
+        present.append(there_B)
+    return torch.stack(tokens, 1), torch.stack(present, 1)
+
+
+_NOTHING_LEFT = 1e-9
+"""Of the mass: less is what rounding leaves of it when all tokens have been taken."""
+
+
 def sample_id(prompt_id: str, turn: int) -> int:
     """The key of a turn's draws: 63 bits of a hash, the same on every machine."""
     digest = hashlib.blake2b(f"{prompt_id}\0{turn}".encode(), digest_size=8).digest()

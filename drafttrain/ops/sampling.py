@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.errors import UserError
+from drafttrain.ops.tree import TreeBlock
 
 GREEDY_TEMPERATURE = 1e-5
 
@@ -139,13 +140,18 @@ def seen_tokens(rows: list[list[int]], vocabulary: int, device: torch.device) ->
     return seen_BV
 
 
-def seen_along(seen_BV: Tensor, tokens_BK: Tensor) -> Tensor:
+def seen_along(seen_BV: Tensor, tokens_BK: Tensor, parents_BK: Tensor | None = None) -> Tensor:
     """Which tokens were seen at each position of a drafted block: bool [B, K + 1, V].
 
     Position k sees the committed tokens and the first k drafted ones, so a penalty acts within the block exactly as it
-    would one token at a time.
+    would one token at a time; with the parents of a tree it sees the k-th token and those above it.
     """
     batch, width = tokens_BK.shape
+    if parents_BK is not None:
+        path_BKK = TreeBlock.below_root(parents_BK).seen_BQT[:, :, 1:].to(torch.uint8)
+        index_BKK = tokens_BK.unsqueeze(1).expand_as(path_BKK)
+        counts_BKV = torch.zeros(batch, width + 1, seen_BV.shape[1], dtype=torch.uint8, device=seen_BV.device)
+        return (counts_BKV.scatter_add_(2, index_BKK, path_BKK) > 0) | seen_BV.unsqueeze(1)
     seen_BKV = seen_BV.new_zeros(batch, width + 1, seen_BV.shape[1])
     seen_BKV[:, 1:].scatter_(2, tokens_BK.unsqueeze(2), True)
     seen_BKV[:, 0] = seen_BV

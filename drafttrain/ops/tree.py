@@ -8,6 +8,7 @@ attend to is its ancestors and itself; its position is that of the tree plus its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,3 +82,16 @@ def below(previous: TreeBlock | None, parents_BQ: Tensor) -> TreeBlock:
     above_BQT = above_BQT & (parents_BQ >= 0).unsqueeze(2)
     depth_BQ = above_BQT.sum(2)
     return TreeBlock(torch.cat([above_BQT, own_BQQ], 2), torch.cat([previous.depth_BT, depth_BQ], 1))
+
+
+def depth_of(parents: Sequence[int]) -> int:
+    """Nodes of the longest path.
+
+    Example:
+        >>> depth_of([ROOT, ROOT, 0, ABSENT])
+        2
+    """
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(0 if parent == ABSENT else 1 if parent == ROOT else depths[parent] + 1)
+    return max(depths, default=0)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafttrain.ops.random import Draws, sample, sample_id, uniform
+from drafttrain.ops.random import Draws, sample, sample_apart, sample_id, uniform
+from tests.decoding.support import FALSE_ALARM, p_value
 
 INTS = st.integers(min_value=0, max_value=2**40)
 
@@ -95,3 +98,44 @@ def test_rows_keep_their_draws_when_others_leave():
 def test_a_position_before_the_row_is_refused():
     with pytest.raises(ValueError, match="before the row"):
         Draws(0, [0], [5], torch.device("cpu")).at("draft", [4], 1)
+
+
+def test_draws_without_replacement_have_their_exact_distribution():
+    """Ordered triples from two distributions, interleaved, against the product of what is left each time."""
+    rounds, q = 40_000, torch.tensor([[0.5, 0.2, 0.0, 0.3], [0.1, 0.2, 0.3, 0.4]]).double()
+    u = uniform(1, "apart", torch.arange(rounds).unsqueeze(1), torch.arange(5))
+    names = torch.tensor([[0, 1, 1, 0, 0]]).expand(rounds, -1)
+    tokens, present = sample_apart(q.expand(rounds, 2, 4), names, u)
+    assert present.all()
+    for which, columns in ((0, [0, 3, 4]), (1, [1, 2])):
+        counts, expected = torch.zeros(4 ** len(columns)), torch.zeros(4 ** len(columns)).double()
+        code = sum(4**place * tokens[:, column] for place, column in enumerate(columns))
+        counts = torch.bincount(code, minlength=4 ** len(columns))
+        for order in itertools.permutations(range(4), len(columns)):
+            left, chance = 1.0, 1.0
+            for token in order:
+                chance *= q[which, token].item() / left if left > 1e-12 else 0.0
+                left -= q[which, token].item()
+            expected[sum(4**place * token for place, token in enumerate(order))] = chance
+        assert p_value(counts, expected) > FALSE_ALARM
+
+
+def test_nothing_is_drawn_twice_and_exhaustion_is_told():
+    q = torch.tensor([[[0.3, 0.0, 0.7]]])
+    for u in (0.0, 0.25, 0.5, 1 - 2.0**-40):
+        tokens, present = sample_apart(
+            q, torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), u, dtype=torch.float64)
+        )
+        assert present.tolist() == [[True, True, False, False]]
+        assert sorted(tokens[0, :2].tolist()) == [0, 2]
+
+
+@given(st.lists(st.floats(0, 1, exclude_max=True), min_size=9, max_size=9), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_all_tokens_are_drawn_once_from_wild_distributions(numbers, seed):
+    """Masses over thirty orders of magnitude, where rounding could lead back into a token that is taken."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.exp(-30 * torch.rand(1, 1, 9, generator=generator, dtype=torch.float64))
+    tokens, present = sample_apart(q, torch.zeros(1, 9, dtype=torch.int64), torch.tensor([numbers]).double())
+    drawn = tokens[0][present[0]].tolist()
+    assert len(set(drawn)) == len(drawn) >= 1
