@@ -8,7 +8,8 @@ drafter at once. The output head runs only where logits are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,19 @@ from drafttrain.decoding.compiled import CompiledForward
 from drafttrain.decoding.graphs import GraphForward
 from drafttrain.errors import UserError
 from drafttrain.models.logits import LogitShape
-from drafttrain.ops.attention import HYBRID_SLOTS, attending, layer_windows, prepare_mask, prepare_tree_mask
+from drafttrain.ops.attention import (
+    HYBRID_SLOTS,
+    SEE_ALL,
+    Attend,
+    attending,
+    attending_by,
+    layer_windows,
+    prepare_mask,
+    prepare_tree_mask,
+    stand_in,
+)
 from drafttrain.ops.cache import DenseCache
+from drafttrain.ops.ragged import RaggedCache
 from drafttrain.ops.tree import TreeBlock
 from drafttrain.ops.upload import upload
 
@@ -50,6 +62,8 @@ class Engine:
 
     Attributes:
         entries: token ids below this can be read.
+        watch: a function of a cache and the positions [B or 1, Q] of its open span that gives the attention to use in
+            place of ours (`drafttrain.context` looks at queries with it); None for ours. Graphs are not used then.
 
     Raises:
         UserError: the model has layers that cannot be rolled back (recurrent, chunked) or no such vocabulary, or its
@@ -86,6 +100,7 @@ class Engine:
         if not 0 < self.vocabulary <= rows:
             raise UserError(f"a vocabulary of {self.vocabulary} tokens does not fit a model with {rows} output rows")
         self.body = model.get_decoder()
+        self.watch: Callable[[DenseCache, Tensor], Attend] | None = None
         self.compiled: CompiledForward | GraphForward | None = None
         if compiled:
             self.compiled = GraphForward(self) if self.device.type == "cuda" else CompiledForward(self)
@@ -156,7 +171,7 @@ class Engine:
 
     def forward(
         self,
-        cache: DenseCache,
+        cache: DenseCache | RaggedCache,
         tokens_BQ: Tensor,
         counts: Sequence[int] | None = None,
         keep: str | None = "all",
@@ -165,7 +180,7 @@ class Engine:
         """Read tokens behind what the cache holds.
 
         Args:
-            cache: from `new_cache`; its rows grow by their counts.
+            cache: from `new_cache`, or a ragged one; its rows grow by their counts.
             tokens_BQ: int64 [B, Q], padded on the right.
             counts: real tokens of each row; None means Q for all.
             keep: "all" positions, the "last" real one of each row, or None for no logits.
@@ -175,7 +190,8 @@ class Engine:
             logits [B, K, V] and hidden [B, K, H] with K = Q ("all") or 1 ("last").
         """
         cache.open(tokens_BQ.shape[1])
-        if tree is None and self.compiled is not None and self.compiled.fits(cache, keep):
+        watched = isinstance(cache, RaggedCache) or self.watch is not None
+        if tree is None and self.compiled is not None and not watched and self.compiled.fits(cache, keep):
             found = self.compiled(cache, tokens_BQ, keep == "last" and counts is None)
             if found is not None:
                 cache.advance(counts)
@@ -186,9 +202,7 @@ class Engine:
         positions_BQ = cache.query_positions()
         if tree is not None:
             positions_BQ = positions_BQ[:, :1] - tree.before + tree.depth_BT[:, tree.before :]
-        masks = {kind: self._mask(cache, positions_BQ, window, tree) for kind, window in self.windows.items()}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        with attending(self.config):
+        with self._attending(cache, positions_BQ, tree) as mask:
             hidden_BQH = self.body(
                 input_ids=tokens_BQ,
                 attention_mask=mask,
@@ -203,6 +217,29 @@ class Engine:
             hidden_BQH = _last_real(hidden_BQH, counts)
         device = tokens_BQ.device  # the last layers of a model spread over devices lie elsewhere
         return Output(self.logits(hidden_BQH).to(device), hidden_BQH.to(device))
+
+    @contextmanager
+    def _attending(
+        self, cache: DenseCache | RaggedCache, positions_BQ: Tensor, tree: TreeBlock | None
+    ) -> Iterator[Tensor | dict[str, Tensor]]:
+        """Inside, the model attends as this cache wants it to; what is given is the mask for it."""
+        if isinstance(cache, RaggedCache):
+            if tree is not None:
+                raise UserError("a tree of tokens cannot be read where keys were dropped; draft a chain")
+            with attending_by(self.config, cache.attend):
+                yield self.masks(lambda window: stand_in(SEE_ALL, positions_BQ.device))
+            return
+        mask = self.masks(lambda window: self._mask(cache, positions_BQ, window, tree))
+        way = attending(self.config)
+        if self.watch is not None:
+            way = attending_by(self.config, self.watch(cache, positions_BQ))
+        with way:
+            yield mask
+
+    def masks(self, make: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+        """One mask a kind of layer, made from its window, as the model takes them."""
+        masks = {kind: make(window) for kind, window in self.windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask(self, cache: DenseCache, positions_BQ: Tensor, window: int | None, tree: TreeBlock | None) -> Tensor:
         if tree is None:

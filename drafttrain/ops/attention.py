@@ -10,8 +10,9 @@ forward pass (`prepare_mask`) and shared by all layers; keys arrive cut to the l
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ FOLD_ROWS = 256
 HYBRID_SLOTS = 1024
 
 # Two masks that need no mask: empty 4-D tensors, which every model passes on to its layers untouched.
-_SEE_ALL_SHAPE = (1, 1, 1, 0)
+SEE_ALL = (1, 1, 1, 0)
 _CAUSAL_SHAPE = (1, 1, 2, 0)
 
 
@@ -53,6 +54,30 @@ def attending(config: PreTrainedConfig, name: str = NAME) -> Iterator[None]:
         yield
     finally:
         object.__setattr__(config, "_attn_implementation_internal", usual)
+
+
+Attend = Callable[..., tuple[Tensor, None]]
+"""A function with the parameters and the result of `attention`."""
+
+CALLED = "drafttrain-called"
+"""The name that stands for the function given to `attending_by`."""
+
+_CALLED: ContextVar[Attend] = ContextVar("drafttrain attention")
+
+
+@contextmanager
+def attending_by(config: PreTrainedConfig, function: Attend) -> Iterator[None]:
+    """Have a model attend by a function of the caller's inside the block; nothing of it is left behind."""
+    token = _CALLED.set(function)
+    try:
+        with attending(config, CALLED):
+            yield
+    finally:
+        _CALLED.reset(token)
+
+
+def _called(*args: object, **kwargs: object) -> tuple[Tensor, None]:
+    return _CALLED.get()(*args, **kwargs)
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
@@ -75,6 +100,13 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     return {kind: windows[kind] for kind in sorted(set(kinds))}
 
 
+def windows_by_layer(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer, None for full attention. Raises as `layer_windows`."""
+    windows = layer_windows(config)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [windows[kind] for kind in kinds]
+
+
 def prepare_mask(
     cache: DenseCache, positions_BQ: Tensor, dtype: torch.dtype, groups: int, window: int | None, softcap: bool = False
 ) -> Tensor:
@@ -95,9 +127,9 @@ def prepare_mask(
     windowed = window_binds(cache, window)
     if span.start is not None and not windowed:
         if span.width == 1:
-            return _stand_in(_SEE_ALL_SHAPE, positions_BQ.device)
+            return stand_in(SEE_ALL, positions_BQ.device)
         if span.start == 0 and not softcap:
-            return _stand_in(_CAUSAL_SHAPE, positions_BQ.device)
+            return stand_in(_CAUSAL_SHAPE, positions_BQ.device)
     if span.width > 1 and groups > 1 and (softcap or groups * span.width <= FOLD_ROWS):
         positions_BQ = positions_BQ.repeat(1, groups)
     return _additive(cache.visible(positions_BQ, window if windowed else None), dtype)
@@ -145,7 +177,8 @@ def window_binds(cache: DenseCache, window: int | None) -> bool:
 
 
 @functools.cache
-def _stand_in(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def stand_in(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A mask that needs no mask, of one of the shapes above."""
     return torch.empty(shape, device=device)
 
 
@@ -236,3 +269,4 @@ def _capped_attention(
 
 AttentionInterface.register(NAME, attention)
 AttentionInterface.register(FOLDED, folded_attention)
+AttentionInterface.register(CALLED, _called)

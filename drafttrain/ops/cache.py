@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -194,6 +195,45 @@ class GraphLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Not asked for: positions and masks are given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+class Writer(Protocol):
+    """A cache that is told layer by layer what to hold."""
+
+    def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Take keys and values [B, N, Q, D] of a layer; returns what the layer's attention is given."""
+        ...
+
+
+class WrittenLayer(CacheLayerMixin):
+    """A layer of a cache that keeps its keys elsewhere: all it does is to hand them on."""
+
+    is_sliding = False
+
+    def __init__(self, cache: Writer, index: int) -> None:
+        super().__init__()
+        self._cache = weakref.proxy(cache)
+        self._index = index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing to allocate."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kw: object) -> tuple[Tensor, Tensor]:
+        """Hand them on."""
+        return self._cache.write(self._index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Not asked for: masks are given."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Not asked for: positions are given."""
         return 0
 
     def get_max_length(self) -> int:
