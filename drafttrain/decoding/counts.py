@@ -122,6 +122,7 @@ class Completion:
         counts: what it cost.
         synthetic: whether acceptance was drawn at given rates: then the tokens are no text of the target.
         origins: for each token the position of prompt ++ answer that it was copied from, None for one that was not.
+        approximate: whether the target had less than the whole prompt before it: then the text may differ from its own.
     """
 
     token_ids: list[int]
@@ -130,6 +131,7 @@ class Completion:
     counts: Counts
     synthetic: bool = False
     origins: list[int | None] = field(default_factory=list)
+    approximate: bool = False
 
 
 def _sum(a: list[int], b: list[int]) -> list[int]:

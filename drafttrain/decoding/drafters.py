@@ -173,6 +173,17 @@ class ModelDrafter:
         unread = zip(committed.tokens, self.cache.lengths, strict=True)
         self.engine.read(self.cache, [self._readable(tokens[length:-1]) for tokens, length in unread])
 
+    def take_over(self, other: ModelDrafter) -> None:
+        """Go on from another drafter of the same model, which started the batch and whose draft is being verified."""
+        if other.engine is not self.engine:
+            raise ValueError("a drafter can take over from one of its own model alone")
+        self.cache, self._setting, self._committed, self._base = (
+            other.cache,
+            other._setting,
+            other._committed,
+            other._base,
+        )
+
     def propose(
         self,
         committed: Committed,

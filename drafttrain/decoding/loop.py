@@ -151,6 +151,8 @@ class Decoder:
         for index, (prompt, excluded) in enumerate(zip(prompts, exclusions or (), strict=exclusions is not None)):
             excluded.check(index, len(prompt))
         committed = Committed(prompts, ids, exclusions=list(exclusions) if exclusions else None)
+        if self.sampling.penalised:
+            committed.seen_BV = seen_tokens(prompts, self.target.vocabulary, self.target.device)
         rows = [_Row(index, limit) for index, limit in enumerate(limits)]
         draws = Draws(self.seed, ids, committed.lengths, self.target.device)
         self._start(committed, rows, resume)
@@ -164,11 +166,11 @@ class Decoder:
                 finished += done
                 rows = self._leave(committed, rows, draws)
         finished.sort(key=lambda row: row.index)
+        return [self._completion(row) for row in finished]
+
+    def _completion(self, row: _Row) -> Completion:
         synthetic = self.synthetic is not None
-        return [
-            Completion(row.tokens, row.finish_reason, row.sources, row.counts, synthetic, row.origins)
-            for row in finished
-        ]
+        return Completion(row.tokens, row.finish_reason, row.sources, row.counts, synthetic, row.origins)
 
     # ---- start ----
 
@@ -190,15 +192,7 @@ class Decoder:
     def _start(self, committed: Committed, rows: list[_Row], resume: bool) -> None:
         """Read the prompts, each but its last token."""
         started = time.perf_counter()
-        setting = Setting(
-            self.sampling,
-            self.eos_ids,
-            self.target.vocabulary,
-            max(len(prompt) + row.limit for prompt, row in zip(committed.tokens, rows, strict=True)),
-            self.target.dtype,
-            self.target.device,
-            self._view,
-        )
+        setting = self._setting(committed, rows)
         if self.drafter:  # first, for it may refuse
             self.drafter.start(committed, setting, resume)
         kept = committed.shared_with(self._committed) if resume else None
@@ -211,8 +205,22 @@ class Decoder:
         self._committed = committed  # from here on what the cache holds begins this text, even if a read fails
         unread = zip(committed.tokens, self._cache.lengths, strict=True)
         self.target.read(self._cache, [tokens[length:-1] for tokens, length in unread])
-        if self.sampling.penalised:
-            committed.seen_BV = seen_tokens(committed.tokens, self.target.vocabulary, self.target.device)
+        self._started(rows, started)
+
+    def _setting(self, committed: Committed, rows: list[_Row]) -> Setting:
+        """What a drafter is told of this run."""
+        return Setting(
+            self.sampling,
+            self.eos_ids,
+            self.target.vocabulary,
+            max(len(prompt) + row.limit for prompt, row in zip(committed.tokens, rows, strict=True)),
+            self.target.dtype,
+            self.target.device,
+            self._view,
+        )
+
+    def _started(self, rows: list[_Row], started: float) -> None:
+        """The prompts are read."""
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         seconds = (time.perf_counter() - started) / len(rows)
@@ -223,6 +231,16 @@ class Decoder:
 
     def _round(self, committed: Committed, rows: list[_Row], draws: Draws) -> tuple[Draft, list[Reply]]:
         """Draft and verify."""
+        draft, logits = self._drafted(committed, rows, draws)
+        if self.synthetic is None and self._compares(draft):
+            return draft, self._compare(draft, self._choice(logits, committed, draft, draws))
+        verdict = self._verify(logits, committed, draft, draws)
+        if self.synthetic is not None and draft.width:
+            verdict = self.synthetic.exchange(verdict, draft, draws.at("synthetic", committed.lengths, draft.width))
+        return draft, self._outcome(draft, verdict)
+
+    def _drafted(self, committed: Committed, rows: list[_Row], draws: Draws) -> tuple[Draft, Tensor]:
+        """A draft, and the target's logits behind the text and behind each drafted token: [B, K + 1, V]."""
         budget = [row.limit - len(row.tokens) - 1 for row in rows]
         draft = None
         if self.drafter and max(budget) > 0:
@@ -232,15 +250,9 @@ class Decoder:
             draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
         if draft.parents_BK is None:
-            logits = self.target.forward(self._cache, block).logits
-        else:
-            logits = self.target.forward(self._cache, block, tree=TreeBlock.below_root(draft.parents_BK)).logits
-        if self.synthetic is None and self._compares(draft):
-            return draft, self._compare(draft, self._choice(logits, committed, draft, draws))
-        verdict = self._verify(logits, committed, draft, draws)
-        if self.synthetic is not None and draft.width:
-            verdict = self.synthetic.exchange(verdict, draft, draws.at("synthetic", committed.lengths, draft.width))
-        return draft, self._outcome(draft, verdict)
+            return draft, self.target.forward(self._cache, block).logits
+        tree = TreeBlock.below_root(draft.parents_BK)
+        return draft, self.target.forward(self._cache, block, tree=tree).logits
 
     def _compares(self, draft: Draft) -> bool:
         """Whether tokens are accepted that equal the target's choice: greedy, or a tree of deterministic tokens."""
