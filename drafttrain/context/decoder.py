@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ class ApproximateDecoder(Decoder):
         self.split, self._committed = Split(), None
         plans = [self._plan(tokens) for tokens in committed.tokens]
         self._cut_short = {row.index for row, plan in zip(rows, plans, strict=True) if not plan.whole}
-        setting = self._setting(committed, rows)
+        setting = replace(self._setting(committed, rows), target_view=None)  # its keys are no longer all there
         self._cache = None
         draft = self._look_ahead(committed, setting, plans, [row.limit - 1 for row in rows])
         self.kept = [plan.kept for plan in plans]

@@ -17,10 +17,12 @@ from drafttrain.context.prefill import Prefill
 from drafttrain.context.scorers import LastWindow, LookaheadAttention, Oracle, Random, Recency
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.longspec import LongSpec
 from drafttrain.decoding.loop import Conversation, Decoder
 from drafttrain.errors import UserError
 from drafttrain.ops.sampling import Sampling
 from tests.context.support import GREEDY, PROMPTS, compression, decoder, dropping, engines, texts
+from tests.decoding.longspec_pairs import block_of
 from tests.decoding.support import greedy_reference
 from tests.ops.test_attention import FAMILIES, build
 
@@ -276,6 +278,13 @@ def test_impossible_settings_are_refused_before_anything_is_read(monkeypatch):
     for act, sentence in refused:
         with pytest.raises(UserError, match=sentence):
             act()
+
+
+def test_a_drafter_that_reads_its_targets_keys_is_refused():
+    """They are no longer all there."""
+    drafter = LongSpec(block_of(TARGET.model, 8), length=3)
+    with pytest.raises(UserError, match="reads its target while it drafts"):
+        decoder(TARGET, SMALL, dropping=dropping(16), drafter=drafter).generate(PROMPTS[:1], 4)
 
 
 def test_a_target_with_recurrent_layers_is_refused():
