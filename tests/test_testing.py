@@ -63,7 +63,7 @@ class Stale(ModelDrafter):
     def commit(self, agreed):
         pass
 
-    def _pending(self, texts):
+    def _pending(self, committed, texts):
         return pad([text[-1:] for text in texts], self.engine.device)
 
 

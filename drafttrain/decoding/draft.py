@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drafttrain.decoding.exclusions import Exclusions
 from drafttrain.ops.tree import ABSENT
+from drafttrain.ops.upload import upload
 
 
 @dataclass
@@ -29,14 +30,28 @@ class Committed:
     sample_ids: list[int]
     seen_BV: Tensor | None = None
     exclusions: list[Exclusions] | None = None
+    _last_B1: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [len(row) for row in self.tokens]
 
+    def last(self, device: torch.device) -> Tensor:
+        """The last token of every row, int64 [B, 1]; uploaded once for all who read it in a round."""
+        if self._last_B1 is None or self._last_B1.device != device:
+            self._last_B1 = upload([row[-1:] for row in self.tokens], device)
+        return self._last_B1
+
+    def grow(self, emitted: Sequence[Sequence[int]]) -> None:
+        """Append to every row what was decided in a round."""
+        for row, tokens in zip(self.tokens, emitted, strict=True):
+            row += tokens
+        self._last_B1 = None
+
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
+        self._last_B1 = None
         self.tokens = [self.tokens[row] for row in rows]
         self.sample_ids = [self.sample_ids[row] for row in rows]
         if self.seen_BV is not None:

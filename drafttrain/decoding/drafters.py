@@ -205,12 +205,12 @@ class ModelDrafter:
         if not self._setting.sampling.greedy:
             u_BK = random.at("draft", starts, width).to(self.engine.device)
         block = _Round(self, committed, prefix, [min(limit, width) for limit in limits], width)
-        return block.run(*self._pending(texts), u_BK)
+        return block.run(*self._pending(committed, texts), u_BK)
 
     def score(self, committed: Committed, draft: Draft) -> Tensor:
         """Logits for another's tokens; they are read into the cache and stay until the next commit."""
         self._base = committed.lengths
-        tokens_BQ, counts = self._pending(committed.tokens)
+        tokens_BQ, counts = self._pending(committed, committed.tokens)
         first = self.engine.forward(self.cache, tokens_BQ, counts, keep="last").logits
         rest = self.engine.forward(self.cache, draft.tokens_BK.clamp(max=self.engine.entries - 1)).logits
         return torch.cat([first, rest], dim=1)[..., : self._setting.vocabulary]
@@ -240,13 +240,15 @@ class ModelDrafter:
                 f"{engine.device}; load both in one dtype and on one device"
             )
 
-    def _pending(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
+    def _pending(self, committed: Committed, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
         """What the cache has not read of each text: at least the last token."""
         unread = [self._readable(text[length:]) for text, length in zip(texts, self.cache.lengths, strict=True)]
         chunk = self.engine.chunk
         if max(map(len, unread)) > chunk:
             self.engine.read(self.cache, [text[:-1] for text in unread])
             unread = [text[-1:] for text in unread]
+        if texts is committed.tokens and unread == [text[-1:] for text in texts]:
+            return committed.last(self.engine.device), None  # which the target reads too
         return pad(unread, self.engine.device)
 
     def _readable(self, tokens: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -141,9 +142,9 @@ class Engine:
             )
         return self
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """Where tokens enter the model."""
+        """Where tokens enter the model; it is asked for several times a round and looked up once."""
         if self._offloaded:
             return torch.device(self._embedding._hf_hook.execution_device)
         return self._embedding.weight.device

@@ -35,7 +35,6 @@ from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws, sample
 from drafttrain.ops.sampling import Sampling, seen_along, seen_tokens
 from drafttrain.ops.tree import ABSENT, TreeBlock, depth_of
-from drafttrain.ops.upload import upload
 
 
 @dataclass
@@ -245,7 +244,7 @@ class Decoder:
         draft = None
         if self.drafter and max(budget) > 0:
             draft = self.drafter.propose(committed, None, budget, draws, self._view).to(self.target.device)
-        last_B1 = upload([tokens[-1:] for tokens in committed.tokens], self.target.device)
+        last_B1 = committed.last(self.target.device)
         if draft is None:
             draft = self._no_draft(len(rows))
         block = last_B1 if draft.width == 0 else torch.cat([last_B1, draft.tokens_BK], 1)
@@ -362,7 +361,7 @@ class Decoder:
             others = len(tokens) - len(drafted)
             row.sources += [draft.label(place, node) for node in drafted] + ["target"] * others
             row.origins += [draft.origin(place, node) for node in drafted] + [None] * others
-            committed.tokens[place] += tokens
+        committed.grow(emitted)
         # The last emitted token is not read yet, in either model.
         if draft.parents_BK is None:
             self._cache.rollback([length + len(tokens) for length, tokens in zip(read, emitted, strict=True)])

@@ -80,7 +80,7 @@ class TreeDrafter(ModelDrafter):
             seen_with(committed, prefix).to(self.engine.device) if sampling.penalised else None,
             u_BDN,
         )
-        first = self.engine.forward(self.cache, *self._pending(texts), keep="last")
+        first = self.engine.forward(self.cache, *self._pending(committed, texts), keep="last")
         self._trees = list(self.cache.lengths)
         return growth.run(first, lambda tokens_BN, tree: self.engine.forward(self.cache, tokens_BN, tree=tree))
 

@@ -126,3 +126,14 @@ def test_the_greedy_token_is_the_first_of_the_largest_also_beside_cut_off_rows(d
     tokens_BK = Sampling(0.0).choose(logits_BKV[..., :36])
     assert tokens_BK.dtype == torch.int64
     assert tokens_BK.tolist() == [[9, 9, 9, 9], [9, 9, 0, 9], [9, 9, 9, 9]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_chosen_however_many_positions_are_read(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (40, 4, 67), generator=generator).to(dtype)
+    first = (logits == logits.amax(-1, keepdim=True)).int().numpy().argmax(-1)
+    greedy = Sampling(0.0)
+    assert greedy.choose(logits).tolist() == first.tolist()
+    alone = [[greedy.choose(logits[row : row + 1, at : at + 1]).item() for at in range(4)] for row in range(40)]
+    assert alone == first.tolist()
