@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "head"
 
     @property
+    def bigrams(self) -> Path:
+        """The bigram table of Max-Gram drafters."""
+        return self.path / "bigrams.safetensors"
+
+    @property
     def report(self) -> Path:
         """Where report.json, report.md and report.html lie: the run folder itself."""
         return self.path

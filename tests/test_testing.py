@@ -61,7 +61,7 @@ class Stale(ModelDrafter):
     """Keeps what it read of rejected tokens and goes on behind it."""
 
     def commit(self, agreed):
-        pass
+        self._asked = None
 
     def _pending(self, committed, texts):
         return pad([text[-1:] for text in texts], self.engine.device)

@@ -121,6 +121,10 @@ class Draft:
             return rows
         return [row[:length] for row, length in zip(rows, self.length_B.tolist(), strict=True)]
 
+    def lengths(self) -> list[int]:
+        """Tokens proposed in each row. Reads from the device where the host does not know."""
+        return [self.width] * len(self.tokens_BK) if self.length_B is None else self.length_B.tolist()
+
     def inside(self) -> Tensor | None:
         """Which columns hold a row's tokens: bool [B, K], None if all do."""
         if self.parents_BK is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.engine import Engine, pad
+from drafttrain.decoding.joining import common, rows_behind
 from drafttrain.decoding.stopping import FixedLength, Step, StoppingRule
 from drafttrain.decoding.target_view import TargetView
 from drafttrain.errors import UserError
@@ -89,6 +90,9 @@ class Drafter(Protocol):
     ) -> Draft:
         """Extend committed ++ prefix.
 
+        Inside other drafters it may be asked more than once in a round. Then only the last prefix counts: what was seen
+        before and is not repeated in it is forgotten.
+
         Args:
             committed: the decided text.
             prefix: an uncommitted draft to extend, or None.
@@ -101,8 +105,11 @@ class Drafter(Protocol):
         """
         ...
 
-    def score(self, committed: Committed, draft: Draft) -> Tensor:
-        """Read another's draft: its own logits at each drafted position and the one after, [B, K + 1, V].
+    def score(self, committed: Committed, prefix: Draft | None, draft: Draft) -> Tensor:
+        """Read another's draft behind committed ++ prefix.
+
+        Returns:
+            its own logits at each drafted position and the one after, [B, K + 1, V]; V may be less than the target's.
 
         Raises:
             UserError: it has no logits of its own.
@@ -113,8 +120,8 @@ class Drafter(Protocol):
         """A round is over and the committed text has grown.
 
         Args:
-            agreed: of the tokens that this drafter saw beyond the committed text (prefix ++ its own proposal), how many
-                are now committed. It forgets the others.
+            agreed: of the tokens that this drafter saw beyond the committed text (the last prefix ++ its own proposal,
+                or what it scored), how many are now committed. It forgets the others.
             paths: of a tree, which of its own proposal's tokens; given only to drafters that propose trees.
         """
         ...
@@ -157,6 +164,7 @@ class ModelDrafter:
         self._setting: Setting | None = None
         self._committed: Committed | None = None
         self._base: list[int] = []  # committed tokens of each row when the last proposal began
+        self._asked: tuple[Draft | None, Draft] | None = None  # in this round: the last prefix and draft that it read
 
     def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
         """Read the prompts, each but its last token."""
@@ -164,6 +172,7 @@ class ModelDrafter:
         kept = committed.shared_with(self._committed) if resume else None
         self._setting = setting
         self._committed = committed
+        self._asked = None
         if kept is None:
             self.cache = None  # its storage can serve again
             self.cache = self.engine.new_cache(len(committed.tokens), setting.capacity + self._spare)
@@ -177,11 +186,12 @@ class ModelDrafter:
         """Go on from another drafter of the same model, which started the batch and whose draft is being verified."""
         if other.engine is not self.engine:
             raise ValueError("a drafter can take over from one of its own model alone")
-        self.cache, self._setting, self._committed, self._base = (
+        self.cache, self._setting, self._committed, self._base, self._asked = (
             other.cache,
             other._setting,
             other._committed,
             other._base,
+            other._asked,
         )
 
     def propose(
@@ -193,8 +203,7 @@ class ModelDrafter:
         target_view: TargetView | None = None,
     ) -> Draft:
         """Draft a chain behind committed ++ prefix."""
-        self._base = committed.lengths
-        texts = committed.extended(prefix)
+        texts = self._join(committed, prefix)
         starts = [len(text) for text in texts]
         limits = self.stop.limits(committed.sample_ids, starts)
         limits = [min(pair) for pair in zip(limits, budget, strict=True)]
@@ -205,21 +214,33 @@ class ModelDrafter:
         if not self._setting.sampling.greedy:
             u_BK = random.at("draft", starts, width).to(self.engine.device)
         block = _Round(self, committed, prefix, [min(limit, width) for limit in limits], width)
-        return block.run(*self._pending(committed, texts), u_BK)
+        draft = block.run(*self._pending(committed, texts), u_BK)
+        self._asked = (prefix, draft)
+        return draft
 
-    def score(self, committed: Committed, draft: Draft) -> Tensor:
-        """Logits for another's tokens; they are read into the cache and stay until the next commit."""
-        self._base = committed.lengths
-        tokens_BQ, counts = self._pending(committed, committed.tokens)
-        first = self.engine.forward(self.cache, tokens_BQ, counts, keep="last").logits
-        rest = self.engine.forward(self.cache, draft.tokens_BK.clamp(max=self.engine.entries - 1)).logits
-        return torch.cat([first, rest], dim=1)[..., : self._setting.vocabulary]
+    def score(self, committed: Committed, prefix: Draft | None, draft: Draft) -> Tensor:
+        """Logits for another's tokens, of one forward; they are read into the cache, as if it had drafted them."""
+        tokens_BQ, counts = self._pending(committed, self._join(committed, prefix))
+        self._asked = (prefix, draft)
+        device, width = tokens_BQ.device, draft.width
+        drafted_BK = draft.tokens_BK.to(device).clamp(max=self.engine.entries - 1)
+        if counts is None:
+            block_BQ = torch.cat([tokens_BQ, drafted_BK], 1)
+            logits = self.engine.forward(self.cache, block_BQ).logits[:, tokens_BQ.shape[1] - 1 :]
+        else:
+            first_B1 = upload(counts, device).unsqueeze(1)
+            block_BQ = torch.nn.functional.pad(tokens_BQ, (0, width))
+            block_BQ.scatter_(1, first_B1 + torch.arange(width, device=device), drafted_BK)
+            logits = self.engine.forward(self.cache, block_BQ, [count + width for count in counts]).logits
+            index_BK = first_B1 - 1 + torch.arange(width + 1, device=device)
+            logits = logits.gather(1, index_BK.unsqueeze(2).expand(-1, -1, logits.shape[2]))
+        return logits[..., : self._setting.vocabulary]
 
     def commit(self, agreed: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
         """Roll the cache back to what was accepted."""
         valid = [base + count for base, count in zip(self._base, agreed, strict=True)]
         self.cache.rollback([min(pair) for pair in zip(self.cache.lengths, valid, strict=True)])
-        self._base = valid
+        self._base, self._asked = valid, None
 
     def keep(self, rows: Sequence[int]) -> None:
         """Release all other rows."""
@@ -239,6 +260,19 @@ class ModelDrafter:
                 f"the target computes in {setting.dtype} on {setting.device}, {self.name} in {engine.dtype} on "
                 f"{engine.device}; load both in one dtype and on one device"
             )
+
+    def _join(self, committed: Committed, prefix: Draft | None) -> list[list[int]]:
+        """The text of each row up to the end of the prefix, of which the cache then holds a beginning."""
+        texts = committed.extended(prefix)
+        if self._asked is not None:  # in this round already: what the cache holds may be other tokens
+            held = rows_behind(*self._asked, len(texts))
+            kept = [
+                min(base + common(text[base:], tokens), len(text) - 1)
+                for base, text, tokens in zip(self._base, texts, held, strict=True)
+            ]
+            self.cache.rollback([min(pair) for pair in zip(self.cache.lengths, kept, strict=True)])
+        self._base, self._asked = committed.lengths, (prefix, Draft.empty(len(texts), self.engine.device))
+        return texts
 
     def _pending(self, committed: Committed, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
         """What the cache has not read of each text: at least the last token."""

@@ -7,6 +7,10 @@
     Model(drafter, stop=Entropy(1.5))
     Copy(gamma=3, length=10)
     LongSpec(drafter, length=5)
+    MaxGram(bigrams)
+    FirstOf(Copy(gamma=3), Model(drafter, length=5))
+    Then((Model(drafter, length=2), 2), (Copy(), 10))
+    Reviewed(drafter, inner=MaxGram(), lenience=2)
     my_package.MyDrafter(drafter, k=3)
 
 Capitalised calls are constructors; bare names are members (an engine, a head) that `build` is given; dotted calls are
@@ -22,13 +26,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drafttrain.decoding.combined import FirstOf, Then
 from drafttrain.decoding.copying import Copy
 from drafttrain.decoding.drafters import Drafter, ModelDrafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.longspec import LongSpec
+from drafttrain.decoding.max_gram import MaxGram
 from drafttrain.decoding.outside import lacking, load_class, nearest
+from drafttrain.decoding.reviewed import Reviewed
 from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, Head, StoppingRule
 from drafttrain.errors import UserError
+from drafttrain.models.bigrams import BigramTable
 from drafttrain.models.longspec import LongSpecDrafter
 
 
@@ -62,8 +70,20 @@ class Expression:
         if not self.outside:
             parameters = inspect.signature(CONSTRUCTORS[self.name]).parameters.values()
             by_place = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
-        parts = [_text(value) if name in by_place else f"{name}={_text(value)}" for name, value in self.arguments]
+        parts = [
+            part if name in by_place else f"{name}={part}"
+            for name, value in self.arguments
+            for part in (map(_part, value) if name == self.many else [_text(value)])
+        ]
         return f"{self.name}({', '.join(parts)})"
+
+    @property
+    def many(self) -> str | None:
+        """The parameter that takes any number of arguments, if the constructor has one."""
+        if self.outside:
+            return None
+        parameters = inspect.signature(CONSTRUCTORS[self.name]).parameters.values()
+        return next((each.name for each in parameters if each.kind is each.VAR_POSITIONAL), None)
 
     @property
     def outside(self) -> bool:
@@ -187,7 +207,7 @@ def _copy(
     cooldown: int = 0,
 ) -> Drafter:
     _check_lengths("Copy", gamma=gamma, length=length, longest=length if longest is None else longest)
-    _check_lengths("Copy", least=0, backoff=backoff, cooldown=cooldown)
+    _check_lengths("Copy", at_least=0, backoff=backoff, cooldown=cooldown)
     return Copy(gamma, length, longest, source, follow, backoff, cooldown)
 
 
@@ -197,6 +217,34 @@ def _longspec(
     _require(drafter, lambda value: isinstance(value, LongSpecDrafter), "a LongSpec drafter")
     _check_chain("LongSpec", drafter.name, length, stop, check_every)
     return LongSpec(drafter.value, length, stop, drafter.name, check_every)
+
+
+def _max_gram(bigrams: _Named | None = None, length: int = 10, least: int = 1) -> Drafter:
+    if bigrams is not None:
+        _require(bigrams, lambda value: isinstance(value, BigramTable), "a bigram table (data_prep/bigrams.py)")
+    _check_lengths("MaxGram", length=length, least=least)
+    return MaxGram(None if bigrams is None else bigrams.value, length, least)
+
+
+def _first_of(*drafters: Drafter) -> Drafter:
+    _check_drafters("FirstOf", "FirstOf(Copy(), Model(drafter, length=5))", drafters)
+    return FirstOf(*drafters)
+
+
+def _then(*parts: tuple[Drafter, int]) -> Drafter:
+    for part in parts:
+        if not isinstance(part, tuple) or len(part) != 2:
+            raise UserError("Then takes pairs of a drafter and its number of tokens, as in Then((Copy(), 10))")
+        _check_lengths("Then", tokens=part[1])
+    _check_drafters("Then", "Then((Copy(), 10))", [drafter for drafter, _ in parts])
+    return Then(*parts)
+
+
+def _reviewed(model: _Named, inner: Drafter, lenience: float = 1.0) -> Drafter:
+    _require(model, lambda value: isinstance(value, Engine), "a model")
+    _check_drafters("Reviewed", f"Reviewed({model.name}, inner=MaxGram())", [inner])
+    _check_numbers("Reviewed", lenience=lenience)
+    return Reviewed(ModelDrafter(model.value, 1, name=model.name), inner, lenience)
 
 
 def _acceptance_head(head: _Named, threshold: float, min: int = 1, max: int = 12) -> StoppingRule:
@@ -224,6 +272,10 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "Model": _model,
     "Copy": _copy,
     "LongSpec": _longspec,
+    "MaxGram": _max_gram,
+    "FirstOf": _first_of,
+    "Then": _then,
+    "Reviewed": _reviewed,
     "AcceptanceHead": _acceptance_head,
     "Confidence": _confidence,
     "Entropy": _entropy,
@@ -251,10 +303,21 @@ def _check_chain(
         )
 
 
-def _check_lengths(constructor: str, least: int = 1, **values: object) -> None:
+def _check_drafters(constructor: str, example: str, drafters: Sequence[object]) -> None:
+    for drafter in drafters:
+        if drafter is None:
+            raise UserError(f"Autoregressive() proposes nothing, so {constructor} has no use for it")
+        if lacking(drafter, Drafter):
+            what = drafter.name if isinstance(drafter, _Named) else type(drafter).__name__
+            raise UserError(f"{constructor} takes drafters, as in {example}, but {what} is none")
+
+
+def _check_lengths(constructor: str, at_least: int = 1, **values: object) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{constructor}'s {name} is {value!r}, but it must be a whole number of at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            raise UserError(
+                f"{constructor}'s {name} is {value!r}, but it must be a whole number of at least {at_least}"
+            )
 
 
 def _check_numbers(constructor: str, **values: object) -> None:
@@ -348,7 +411,10 @@ def _resolved(value: Any, allow_code: bool) -> Any:
 def _build(value: Any, members: Mapping[str, Any]) -> Any:
     if isinstance(value, Expression):
         arguments = [(name, _build(argument, members)) for name, argument in value.arguments]
-        return _made_outside(value.name, arguments) if value.outside else CONSTRUCTORS[value.name](**dict(arguments))
+        if value.outside:
+            return _made_outside(value.name, arguments)
+        several = dict(arguments).get(value.many, ())
+        return CONSTRUCTORS[value.name](*several, **{name: made for name, made in arguments if name != value.many})
     if isinstance(value, Member):
         if value.name not in members:
             raise UserError(f"the method names {value.name}, which is not there; {nearest(value.name, members)}")
@@ -376,6 +442,11 @@ def _members(value: Any) -> set[str]:
     if isinstance(value, Expression):
         return value.members
     return set().union(*map(_members, value)) if isinstance(value, tuple) else set()
+
+
+def _part(value: Any) -> str:
+    """One of any number of arguments: pairs of drafters and numbers are written with round brackets."""
+    return f"({', '.join(map(_text, value))})" if isinstance(value, tuple) else _text(value)
 
 
 def _text(value: Any) -> str:

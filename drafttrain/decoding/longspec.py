@@ -189,10 +189,10 @@ class LongSpec(ModelDrafter):
         self.engine.look()
         return super().propose(committed, prefix, budget, random, target_view)
 
-    def score(self, committed: Committed, draft: Draft) -> Tensor:
+    def score(self, committed: Committed, prefix: Draft | None, draft: Draft) -> Tensor:
         """Logits for another's tokens."""
         self.engine.look()
-        return super().score(committed, draft)
+        return super().score(committed, prefix, draft)
 
     def _readable(self, tokens: Sequence[int]) -> Sequence[int]:
         """What the target can read it can read, for the embeddings are the target's."""

@@ -59,8 +59,7 @@ class TreeDrafter(ModelDrafter):
         target_view: object | None = None,
     ) -> Draft:
         """Draft a tree behind committed ++ prefix; its paths keep to the budget."""
-        self._base = committed.lengths
-        texts = committed.extended(prefix)
+        texts = self._join(committed, prefix)
         starts = [len(text) for text in texts]
         limits = [min(pair) for pair in zip(self.stop.limits(committed.sample_ids, starts), budget, strict=True)]
         if max(limits) <= 0:

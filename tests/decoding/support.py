@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from drafttrain.decoding.draft import Committed
-from drafttrain.decoding.drafters import ModelDrafter
+from drafttrain.decoding.draft import Committed, Draft
+from drafttrain.decoding.drafters import Drafter, ModelDrafter
 from drafttrain.decoding.engine import Engine
 from tests.conftest import build_llama
 
@@ -73,6 +73,55 @@ def greedy_matches(drafter: Engine, prompt: Sequence[int], response: Sequence[in
     block = torch.tensor([text[len(prompt) - 1 : -1]], device=drafter.device)
     choice = drafter.forward(cache, block).logits[0].float().argmax(-1).tolist()
     return [False] * len(prompt) + [mine == theirs for mine, theirs in zip(choice, response, strict=True)]
+
+
+class Successors(Drafter):
+    """A model that a person can follow: the most probable token is a function of the one before.
+
+    Args:
+        next_token: the function.
+        vocabulary: V.
+        name: label.
+    """
+
+    max_length = 1
+
+    def __init__(self, next_token: Callable[[int], int], vocabulary: int, name: str) -> None:
+        self.next_token, self.vocabulary, self.name = next_token, vocabulary, name
+
+    def propose(self, committed, prefix, budget, random, target_view=None):
+        rows = [
+            [self.next_token(text[-1])][:most] for text, most in zip(committed.extended(prefix), budget, strict=True)
+        ]
+        return Draft.of(rows, self.name)
+
+    def score(self, committed, prefix, draft):
+        texts = [[text[-1], *more] for text, more in zip(committed.extended(prefix), draft.rows(), strict=True)]
+        logits = torch.zeros(len(texts), draft.width + 1, self.vocabulary)
+        for row, text in enumerate(texts):
+            for place, token in enumerate(text):
+                logits[row, place, self.next_token(token)] = 9.0
+        return logits
+
+
+class InStep(ModelDrafter):
+    """Asserts whenever it is asked that its cache holds a beginning of committed ++ prefix and nothing else."""
+
+    checks = 0
+
+    def _join(self, committed, prefix):
+        texts = super()._join(committed, prefix)
+        InStep.checks += 1
+        for row, text in enumerate(texts):
+            held = self.cache.lengths[row]
+            assert held < len(text), "at least the last token is pending"
+            fresh = Engine(self.engine.model)
+            cache = fresh.new_cache(1)
+            if held:
+                fresh.read(cache, [text[:held]])
+                for mine, clean in zip(self.cache.layers, cache.layers, strict=True):
+                    assert torch.allclose(mine.keys[row, :, :held], clean.keys[0, :, :held], atol=1e-9)
+        return texts
 
 
 class WatchedDrafter(ModelDrafter):

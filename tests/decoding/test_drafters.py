@@ -110,7 +110,7 @@ def test_a_long_backlog_is_read_in_chunks(model):
 def test_reviewing_another_drafters_tokens_gives_its_own_logits(model):
     drafter, committed, _ = started(model, Sampling(0.0))
     draft = Draft(torch.tensor([[4, 6], [11, 3], [5, 5]]))
-    logits = drafter.score(committed, draft)
+    logits = drafter.score(committed, None, draft)
     assert logits.shape == (3, 3, 24)
     for row, (text, more) in enumerate(zip(TEXTS, draft.rows(), strict=True)):
         with torch.no_grad():
