@@ -5,8 +5,10 @@
     Model(drafter, stop=AcceptanceHead(head, 0.7, min=2, max=20))
     Model(drafter, length=8, stop=Confidence(0.4))
     Model(drafter, stop=Entropy(1.5))
+    Model(drafter, tree=[4, 8, 8])
     Copy(gamma=3, length=10)
     LongSpec(drafter, length=5)
+    LongSpec(drafter, tree=[4, 16, 16, 16, 16])
     MaxGram(bigrams)
     FirstOf(Copy(gamma=3), Model(drafter, length=5))
     Then((Model(drafter, length=2), 2), (Copy(), 10))
@@ -30,11 +32,12 @@ from drafttrain.decoding.combined import FirstOf, Then
 from drafttrain.decoding.copying import Copy
 from drafttrain.decoding.drafters import Drafter, ModelDrafter
 from drafttrain.decoding.engine import Engine
-from drafttrain.decoding.longspec import LongSpec
+from drafttrain.decoding.longspec import LongSpec, LongSpecTree
 from drafttrain.decoding.max_gram import MaxGram
 from drafttrain.decoding.outside import lacking, load_class, nearest
 from drafttrain.decoding.reviewed import Reviewed
 from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, Head, StoppingRule
+from drafttrain.decoding.tree_drafter import TreeDrafter
 from drafttrain.errors import UserError
 from drafttrain.models.bigrams import BigramTable
 from drafttrain.models.longspec import LongSpecDrafter
@@ -188,12 +191,20 @@ def _autoregressive() -> None:
 
 
 def _model(
-    drafter: _Named, length: int | None = None, stop: StoppingRule | None = None, check_every: int = 1
+    drafter: _Named,
+    length: int | None = None,
+    stop: StoppingRule | None = None,
+    check_every: int = 1,
+    *,
+    tree: Sequence[int] | None = None,
+    drawn: bool = True,
 ) -> Drafter:
     if isinstance(drafter, _Named) and isinstance(drafter.value, LongSpecDrafter):
         raise UserError(f"{drafter.name} is a LongSpec drafter; write LongSpec({drafter.name}, ...) instead of Model")
     _require(drafter, lambda value: isinstance(value, Engine), "a model")
-    _check_chain("Model", drafter.name, length, stop, check_every)
+    _check_draft("Model", drafter.name, length, stop, check_every, tree)
+    if tree is not None:
+        return TreeDrafter(drafter.value, tree, stop, drafter.name, drawn)
     return ModelDrafter(drafter.value, length, stop, drafter.name, check_every)
 
 
@@ -212,10 +223,18 @@ def _copy(
 
 
 def _longspec(
-    drafter: _Named, length: int | None = None, stop: StoppingRule | None = None, check_every: int = 1
+    drafter: _Named,
+    length: int | None = None,
+    stop: StoppingRule | None = None,
+    check_every: int = 1,
+    *,
+    tree: Sequence[int] | None = None,
+    drawn: bool = True,
 ) -> Drafter:
     _require(drafter, lambda value: isinstance(value, LongSpecDrafter), "a LongSpec drafter")
-    _check_chain("LongSpec", drafter.name, length, stop, check_every)
+    _check_draft("LongSpec", drafter.name, length, stop, check_every, tree)
+    if tree is not None:
+        return LongSpecTree(drafter.value, tree, stop, drafter.name, drawn)
     return LongSpec(drafter.value, length, stop, drafter.name, check_every)
 
 
@@ -287,14 +306,22 @@ def _require(member: object, fits: Callable[[Any], bool], kind: str) -> None:
         raise UserError(f"{member!r} in the method is not {kind}")
 
 
-def _check_chain(
-    constructor: str, drafter: str, length: int | None, stop: StoppingRule | None, check_every: int
+def _check_draft(
+    constructor: str,
+    drafter: str,
+    length: int | None,
+    stop: StoppingRule | None,
+    check_every: int,
+    tree: object | None = None,
 ) -> None:
-    """What ends a chain of drafted tokens."""
-    if length is None and stop is None:
+    """What ends a chain of drafted tokens, or is the shape of a tree of them."""
+    if length is None and stop is None and tree is None:
         raise UserError(
             f"{constructor}({drafter}) needs a length or a stopping rule, as in {constructor}({drafter}, length=5)"
         )
+    if tree is not None and (length is not None or not isinstance(tree, tuple)):
+        wrong = f"is {tree!r}" if length is None else "has as many levels as it has widths, so it takes no length"
+        raise UserError(f"{constructor}'s tree {wrong}; give it a list of widths alone, as in tree=[4, 8, 8]")
     _check_lengths(constructor, length=1 if length is None else length, check_every=check_every)
     if stop is not None and (missing := lacking(stop, StoppingRule)):
         raise UserError(

@@ -20,11 +20,13 @@ from drafttrain.decoding.drafters import ModelDrafter, Setting
 from drafttrain.decoding.engine import Output, pad
 from drafttrain.decoding.stopping import StoppingRule
 from drafttrain.decoding.target_view import TargetView
+from drafttrain.decoding.tree_drafter import TreeDrafter
 from drafttrain.errors import UserError
 from drafttrain.models.longspec import Attend, LongSpecConfig, LongSpecDrafter
 from drafttrain.ops.attention import folded_attention
 from drafttrain.ops.random import Draws
 from drafttrain.ops.ring import Ring
+from drafttrain.ops.tree import TreeBlock
 from drafttrain.ops.upload import upload
 
 MARGIN = 64
@@ -55,6 +57,7 @@ class BlockEngine:
         self._values: Tensor | None = None
         self._mask_B11S: Tensor | None = None
         self._blind_B: Tensor | None = None
+        self._nodes: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -93,9 +96,19 @@ class BlockEngine:
         self._blind_B = lengths_B == 0 if not min(lengths) else None
 
     def forward(
-        self, ring: Ring, tokens_BQ: Tensor, counts: Sequence[int] | None = None, keep: str | None = "all"
+        self,
+        ring: Ring,
+        tokens_BQ: Tensor,
+        counts: Sequence[int] | None = None,
+        keep: str | None = "all",
+        tree: TreeBlock | None = None,
     ) -> Output:
-        """Read tokens behind what the ring holds. As `Engine.forward`; what is not kept costs two projections."""
+        """Read tokens behind what the ring holds. As `Engine.forward`; what is not kept costs two projections.
+
+        The tokens of a tree are not put into the ring: those that are accepted are read again.
+        """
+        if tree is not None:
+            return self._read_tree(ring, tokens_BQ, tree)
         positions_BQ = ring.next_positions(tokens_BQ.shape[1])
         embedded_BQH = self.view.embeddings(tokens_BQ)
         rotary = self.view.rotary(embedded_BQH, positions_BQ)
@@ -120,14 +133,40 @@ class BlockEngine:
         if any(rows):
             self.forward(ring, *pad(rows, self.device), keep=None)
 
+    def _read_tree(self, ring: Ring, tokens_BQ: Tensor, tree: TreeBlock) -> Output:
+        first_B1 = ring.next_positions(1)
+        positions_BQ = first_B1 + tree.depth_BT[:, tree.before :]
+        embedded_BQH = self.view.embeddings(tokens_BQ)
+        rotary = self.view.rotary(embedded_BQH, positions_BQ)
+        normed_BQH = self.model.self_norm(embedded_BQH)
+        nodes = self.model.self_attn.keys_values(normed_BQH, rotary)
+        if tree.before:
+            nodes = tuple(torch.cat(pair, 2) for pair in zip(self._nodes, nodes, strict=True))
+        self._nodes = nodes
+        text_BQR = ring.visible(positions_BQ) & (ring.positions_BR < first_B1).unsqueeze(1)
+        above_BQT = tree.depth_BT[:, tree.before :].unsqueeze(2) - tree.depth_BT.unsqueeze(1)
+        mask = self._additive(torch.cat((text_BQR, tree.seen_BQT & (above_BQT < self.config.window)), 2))
+        keys, values = (torch.cat(pair, 2) for pair in zip((ring.keys, ring.values), nodes, strict=True))
+        states_BQH = self.model.rest(
+            embedded_BQH,
+            normed_BQH,
+            tuple(rotary),
+            lambda q_BNQD: self._attend(q_BNQD, keys, values, mask),
+            self._reading,
+        )
+        return Output(self.view.logits(states_BQH), states_BQH)
+
+    def _additive(self, visible_BQR: Tensor) -> Tensor:
+        """A mask for folded queries."""
+        mask_BQR = torch.zeros(visible_BQR.shape, dtype=self.dtype, device=self.device)
+        mask_B1QR = mask_BQR.masked_fill_(~visible_BQR, -torch.inf).unsqueeze(1)
+        if visible_BQR.shape[1] == 1:
+            return mask_B1QR
+        return mask_B1QR.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+
     def _windowed(self, ring: Ring, positions_BQ: Tensor) -> Attend:
         def attend(q_BNQD: Tensor) -> Tensor:
-            visible_BQR = ring.visible(positions_BQ)
-            mask_BQR = torch.zeros(visible_BQR.shape, dtype=self.dtype, device=self.device)
-            mask_B1QR = mask_BQR.masked_fill_(~visible_BQR, -torch.inf).unsqueeze(1)
-            if q_BNQD.shape[2] > 1:
-                mask_B1QR = mask_B1QR.repeat(1, 1, q_BNQD.shape[1] // ring.keys.shape[1], 1)
-            return self._attend(q_BNQD, ring.keys, ring.values, mask_B1QR)
+            return self._attend(q_BNQD, ring.keys, ring.values, self._additive(ring.visible(positions_BQ)))
 
         return attend
 
@@ -197,6 +236,26 @@ class LongSpec(ModelDrafter):
     def _readable(self, tokens: Sequence[int]) -> Sequence[int]:
         """What the target can read it can read, for the embeddings are the target's."""
         return tokens
+
+
+class LongSpecTree(LongSpec, TreeDrafter):
+    """Drafts trees with a LongSpec drafter.
+
+    Args:
+        model: the drafter.
+        widths, stop, name, drawn: as of `TreeDrafter`.
+    """
+
+    def __init__(
+        self,
+        model: LongSpecDrafter,
+        widths: Sequence[int],
+        stop: StoppingRule | None = None,
+        name: str = "drafter",
+        drawn: bool = True,
+    ) -> None:
+        TreeDrafter.__init__(self, None, widths, stop, name, drawn)
+        self.model = model
 
 
 def _check_shape(config: LongSpecConfig, view: TargetView) -> None:

@@ -10,6 +10,7 @@ from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import ModelDrafter, Setting, seen_with
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.stopping import StoppingRule
+from drafttrain.decoding.target_view import TargetView
 from drafttrain.decoding.trees import TreeGrowth, check_shape, level_draws
 from drafttrain.ops.random import Draws
 
@@ -56,7 +57,7 @@ class TreeDrafter(ModelDrafter):
         prefix: Draft | None,
         budget: Sequence[int],
         random: Draws,
-        target_view: object | None = None,
+        target_view: TargetView | None = None,
     ) -> Draft:
         """Draft a tree behind committed ++ prefix; its paths keep to the budget."""
         texts = self._join(committed, prefix)
@@ -84,9 +85,10 @@ class TreeDrafter(ModelDrafter):
         return growth.run(first, lambda tokens_BN, tree: self.engine.forward(self.cache, tokens_BN, tree=tree))
 
     def commit(self, agreed: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
-        """Keep the accepted path of the tree, as far as it was read."""
+        """Keep the accepted path of the tree, as far as the cache holds it."""
         if paths is not None:
             read = [length - tree for length, tree in zip(self.cache.lengths, self._trees, strict=True)]
-            kept = [[node for node in path if node < most] for path, most in zip(paths, read, strict=True)]
-            self.cache.keep_path(self._trees, kept)
+            if any(read):
+                kept = [[node for node in path if node < most] for path, most in zip(paths, read, strict=True)]
+                self.cache.keep_path(self._trees, kept)
         super().commit(agreed)

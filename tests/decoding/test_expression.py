@@ -11,6 +11,7 @@ from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import build, parse_method, resolved
 from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, EntropyBound, FixedLength
+from drafttrain.decoding.tree_drafter import TreeDrafter
 from drafttrain.errors import UserError
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig
 from tests.conftest import build_llama
@@ -128,6 +129,10 @@ def test_malformed_methods_are_refused_in_a_sentence(text, message):
         ("Model(drafter, length=2.5)", "length is 2.5"),
         ("Model(drafter, length=True)", "length is True"),
         ("Model(drafter, stop=4)", "must be a stopping rule"),
+        ("Model(drafter, length=3, tree=[2, 2])", "tree has as many levels as it has widths, so it takes no length"),
+        ("Model(drafter, tree=4)", "tree is 4; give it a list of widths"),
+        ("Model(drafter, tree=[])", "at least one level"),
+        ("Model(drafter, tree=[4, 0])", "level 2 of a tree has 0 tokens"),
         ("Model(drafter, stop=head)", "must be a stopping rule.* but head lacks min_length"),
         ("Model(drafter, stop=AcceptanceHead(drafter, 0.7))", "drafter in the method is not an acceptance head"),
         ("Model(drafter, stop=Confidence(1.5))", "not a probability"),
@@ -149,6 +154,13 @@ def test_a_bug_in_a_constructor_keeps_its_traceback(members, monkeypatch):
     monkeypatch.setattr(Confidence, "__init__", broken)
     with pytest.raises(TypeError, match="a bug"):
         build("Model(drafter, stop=Confidence(0.5))", members)
+
+
+def test_trees_are_built_with_their_widths_and_rules(members):
+    drafter = build("Model(drafter, tree=[4, 8, 8], stop=Confidence(0.5, max=2), drawn=False)", members)
+    assert isinstance(drafter, TreeDrafter) and (drafter.widths, drafter.max_length) == ([4, 8], 12)
+    assert not drafter.drawn and isinstance(drafter.stop, Confidence)
+    assert str(parse_method("Model(drafter, tree=(4, 8))")) == "Model(drafter, tree=[4, 8])"
 
 
 # ---- classes from outside ----
