@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import Drafter, Setting
-from drafttrain.decoding.loop import Decoder
-from drafttrain.decoding.verify import Verdict
+from drafttrain.decoding.loop import Decoder, Reply
+from drafttrain.decoding.verify import Verdict, verify_sampled
+from drafttrain.decoding.verify_tree import verify_tree
 from drafttrain.ops.random import sample
-from drafttrain.ops.sampling import Sampling, log_probability_and_entropy, seen_along
+from drafttrain.ops.sampling import Sampling, log_probability_and_entropy
+from drafttrain.ops.tree import ABSENT, ancestry
 
 _SHARPENED = 2.5
 """Wrong q: tokens are drawn from this power of what is declared."""
@@ -95,7 +98,7 @@ class Misdrawn(_Declaring):
         """Declare the honest one."""
         self._honest.clear()
         draft = self._drafter.propose(*arguments)
-        if draft.probs_BKV is None or len(self._honest) != draft.width:
+        if draft.probs_BKV is None or sum(q_BKV.shape[1] for q_BKV in self._honest) != draft.probs_BKV.shape[1]:
             return draft
         self.declared = True
         return dataclasses.replace(draft, probs_BKV=torch.cat(self._honest, 1))
@@ -110,6 +113,8 @@ class TokenDropped(_Declaring):
         if draft.probs_BKV is None:
             return draft
         self.declared = True
+        if draft.parents_BK is not None:
+            return self._pruned(draft)
         log_q_BK, entropy_BK = log_probability_and_entropy(draft.probs_BKV, draft.tokens_BK)
         kept_BK = log_q_BK >= -entropy_BK
         if draft.sampled_BK is not None:
@@ -118,6 +123,15 @@ class TokenDropped(_Declaring):
         if draft.length_B is not None:
             length_B = torch.minimum(length_B, draft.length_B)
         return dataclasses.replace(draft, length_B=length_B)
+
+    def _pruned(self, draft: Draft) -> Draft:
+        """The same of a tree: such tokens, and what is below them, become padding."""
+        row_BK = (draft.parents_BK + 1).clamp(min=0)
+        q_BKV = draft.probs_BKV.gather(1, row_BK.unsqueeze(2).expand(-1, -1, draft.probs_BKV.shape[2]))
+        log_q_BK, entropy_BK = log_probability_and_entropy(q_BKV, draft.tokens_BK)
+        dropped_BK = log_q_BK < -entropy_BK
+        gone_BK = (ancestry(draft.parents_BK) & dropped_BK.unsqueeze(1)).any(2)
+        return dataclasses.replace(draft, parents_BK=draft.parents_BK.masked_fill(gone_BK, ABSENT))
 
 
 def sharper(q_BKV: Tensor) -> Tensor:
@@ -159,25 +173,61 @@ def _with_drafter(decoder: Decoder, drafter: Any, kind: type[Decoder] = Decoder)
 # Loops that verify or roll back wrongly
 
 
-class ResidualOmitted(Decoder):
+class _Judging(Decoder):
+    """Sampled, a tree of deterministic tokens is judged token by token too, as one of drawn tokens is."""
+
+    def _compares(self, draft: Draft) -> bool:
+        return self.sampling.greedy
+
+
+class ResidualOmitted(_Judging):
     """After a rejection the target draws from p instead of (p - q)+, and what was rejected comes back."""
 
     def _verify(self, logits: Tensor, committed: Any, draft: Draft, draws: Any) -> Verdict:
         verdict = super()._verify(logits, committed, draft, draws)
         if self.sampling.greedy or draft.width == 0:
             return verdict
-        seen = seen_along(committed.seen_BV, draft.tokens_BK) if committed.seen_BV is not None else None
-        p = self.sampling.probabilities(logits, seen)
+        p = self.sampling.probabilities(logits, self._seen(committed, draft))
         u_next = draws.at("target", committed.lengths, draft.width + 1)
         rows, at = torch.arange(len(p), device=p.device), verdict.accepted_B
-        next_B = sample(p[rows, at], u_next[rows, at])
+        node = at
+        if verdict.path_BK is not None:
+            last_B = verdict.path_BK[rows, (at - 1).clamp(min=0)]
+            node = torch.where(at > 0, last_B + 1, 0)
+        next_B = sample(p[rows, node], u_next[rows, at])
         return verdict._replace(emitted=verdict.emitted.scatter(1, at.unsqueeze(1), next_B.unsqueeze(1)))
+
+
+class NodeNumbers(_Judging):
+    """p and q are read at the number of a drafted token in its block, not at its id: LongSpec's public code.
+
+    Attributes:
+        declared: whether there was a q to read so far.
+    """
+
+    declared = False
+
+    def _verify(self, logits: Tensor, committed: Any, draft: Draft, draws: Any) -> Verdict:
+        if draft.probs_BKV is None:
+            return super()._verify(logits, committed, draft, draws)
+        self.declared = True
+        numbers_BK = torch.arange(draft.width, device=logits.device).expand_as(draft.tokens_BK)
+        wrong = dataclasses.replace(draft, tokens_BK=numbers_BK % logits.shape[2])
+        p = self.sampling.probabilities(logits, self._seen(committed, draft))
+        starts = committed.lengths
+        u_accept_BK = draws.at("accept", starts, draft.width)
+        verify = verify_sampled if draft.parents_BK is None else verify_tree
+        verdict = verify(p, wrong, u_accept_BK, draws.at("target", starts, draft.width + 1))
+        tokens_BK = draft.tokens_BK if verdict.path_BK is None else draft.tokens_BK.gather(1, verdict.path_BK)
+        at_B1 = verdict.accepted_B.unsqueeze(1)
+        emitted = pad(tokens_BK, (0, 1)).scatter(1, at_B1, verdict.emitted.gather(1, at_B1))
+        return verdict._replace(emitted=emitted)
 
 
 class OffByOneCache(Decoder):
     """After a rejection the target's cache keeps one token too many, the rejected one."""
 
-    def _settle(self, committed: Any, rows: Any, draft: Draft, reply: list[list[int]], started: float) -> None:
+    def _settle(self, committed: Any, rows: Any, draft: Draft, reply: list[Reply], started: float) -> None:
         super()._settle(committed, rows, draft, reply, started)
         rejected = [accepted < drafted for accepted, drafted, *_ in reply]
         self._cache.rollback([length + more for length, more in zip(self._cache.lengths, rejected, strict=True)])
@@ -193,10 +243,11 @@ CONTROLS = (
     Control("sampled beams pruned", _misdrawing(likelier_of_two)),
     Control("a drawn token dropped for its value", _dropping),
     Control("residual omitted", _looping(ResidualOmitted)),
+    Control("probabilities of node numbers", _looping(NodeNumbers)),
     Control("off-by-one cache", _looping(OffByOneCache), greedy=True),
 )
 
 
 def is_broken(decoder: Decoder) -> bool:
     """Whether a control could do its harm in what was decoded so far: false where a drafter declares no q."""
-    return not isinstance(decoder.drafter, _Declaring) or decoder.drafter.declared
+    return all(part.declared for part in (decoder, decoder.drafter) if isinstance(part, _Declaring | NodeNumbers))

@@ -32,7 +32,7 @@ def kind_of(method: str) -> Kind:
     expression = parse_method(method)
     if expression.name == "Autoregressive":
         return "autoregressive"
-    if expression.name != "Model":
+    if expression.name != "Model" or "tree" in dict(expression.arguments):
         return "other"
     stop = _stop(expression)
     if stop is None:
@@ -54,7 +54,7 @@ def family_of(method: str) -> str:
 def parameter_of(method: str) -> float | None:
     """The number that a sweep would vary: the length, or the stopping rule's threshold; None from outside."""
     expression = parse_method(method)
-    if expression.name != "Model":
+    if expression.name != "Model" or "tree" in dict(expression.arguments):
         return None
     stop = _stop(expression)
     if stop is not None:
@@ -66,7 +66,7 @@ def parameter_of(method: str) -> float | None:
 def longest_of(method: str) -> int:
     """Most tokens that a method drafts in a round; 0 where that is none of its numbers."""
     expression = parse_method(method)
-    if expression.name != "Model":
+    if expression.name != "Model" or "tree" in dict(expression.arguments):
         return 0
     limits, stop = [dict(expression.arguments).get("length")], _stop(expression)
     if stop is not None and not stop.outside:

@@ -235,11 +235,11 @@ class _Watch:
         return timed
 
     def _forward(self, forward: Callable[..., Output]) -> Callable[..., Output]:
-        def timed(cache: Any, tokens_BQ: Any, counts: Any = None, keep: str | None = "all") -> Output:
+        def timed(cache: Any, tokens_BQ: Any, counts: Any = None, keep: str | None = "all", **more: Any) -> Output:
             if self._drafting or keep is None:  # a drafter that is the target itself; a prompt being read
-                return forward(cache, tokens_BQ, counts, keep)
+                return forward(cache, tokens_BQ, counts, keep, **more)
             start = self._now()
-            output = forward(cache, tokens_BQ, counts, keep)
+            output = forward(cache, tokens_BQ, counts, keep, **more)
             seconds = self._now() - start
             if not self._rounds or self._rounds[-1].width:  # nothing was drafted in this round
                 self._rounds.append(Round(start))

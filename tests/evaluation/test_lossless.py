@@ -21,7 +21,10 @@ METHOD = "Model(drafter, length=4)"
 PROMPT = [0, 9, 33, 7]
 PLAIN = (Sampling(1.0),)
 PROMPTS = {"a": PROMPT, "b": [0, 4], "c": [0, 50, 12, 7, 7, 3], "d": [0, 61], "e": [0, 7, 11, 80]}
-NEEDS_Q = {"wrong q", "greedy draft declared as sampled", "sampled beams pruned", "a drawn token dropped for its value"}
+NEEDS_Q = {
+    *("wrong q", "greedy draft declared as sampled", "sampled beams pruned", "a drawn token dropped for its value"),
+    "probabilities of node numbers",
+}
 
 
 def loaded(model, tokenizer):
@@ -116,6 +119,23 @@ def test_a_method_that_drafts_by_confidence_passes(models):
     assert first_distribution(models, method="Model(drafter, stop=Confidence(0.5))").result == "passed"
 
 
+def test_drawn_trees_are_lossless_and_every_control_is_caught(models):
+    proof = lossless.prove(models, "Model(drafter, tree=[3, 4, 2])", questions(), trial(models, answers=400), 4.0)
+    assert proof.passed and proof.verdict == "lossless", proof
+    assert set(results(proof.findings, "control").values()) == {"caught"}
+
+
+def test_trees_of_likeliest_tokens_pass_and_controls_that_need_no_q_are_caught(models, tiny_tokenizer):
+    """Where such tokens are often the target's: a cold target that is its own drafter."""
+    method, own = "Model(drafter, tree=[3, 4, 2], drawn=False)", models_of(*[models.target.model] * 2, tiny_tokenizer)
+    one = trial(own, [Sampling(0.3)])
+    assert distributions.case_finding(own, method, one, one.cases[0]).result == "passed"
+    found = results(distributions.control_findings(own, method, one), "")
+    told = {name.partition("control: ")[2]: result for name, result in found.items()}
+    assert {name for name, result in told.items() if result == "not applicable"} == NEEDS_Q
+    assert {result for name, result in told.items() if name not in NEEDS_Q} == {"caught"}
+
+
 def test_controls_of_autoregressive_decoding_are_made_of_the_pairs_drafter(models):
     assert distributions.broken_method(models, METHOD) == METHOD
     assert distributions.broken_method(models, "Autoregressive()") == distributions.FALLBACK
@@ -184,7 +204,10 @@ def test_a_drafter_that_misdeclares_its_distribution_fails(models, monkeypatch):
 
 def test_a_penalty_that_misses_the_drafted_prefix_fails(models, monkeypatch):
     """Tokens of the block are penalised only once they are committed."""
-    blind = lambda seen_BV, tokens_BK: seen_BV.unsqueeze(1).expand(-1, tokens_BK.shape[1] + 1, -1)  # noqa: E731
+
+    def blind(seen_BV, tokens_BK, parents_BK):
+        return seen_BV.unsqueeze(1).expand(-1, tokens_BK.shape[1] + 1, -1)
+
     monkeypatch.setattr(loop, "seen_along", blind)
     found = first_distribution(models, samplings=[Sampling(1.0, repetition_penalty=3.0)])
     greedy = identity.float64_findings(models, METHOD, questions(), 0)
