@@ -115,8 +115,10 @@ def _count_words(text: str) -> int:
     return len(text.split())
 
 
-def write_corpus(folder: Path, vocab_size: int, task_documents: int, table_weight: float, seed: int) -> None:
-    """Train the tokenizer and write both sides of the corpus as token ids.
+def write_corpus(
+    folder: Path, vocab_size: int, task_documents: int, table_weight: float, seed: int, of: str | None = None
+) -> None:
+    """Train the tokenizer, or take that of the model `of`, and write both sides of the corpus as token ids.
 
     Leaves in `folder`: `tokenizer/`, and `train.npy` and `held_out.npy` (uint16 token ids, each module led by BOS and
     closed by EOS). Data tables enter the training side with probability `table_weight`. The folder appears whole or
@@ -125,10 +127,14 @@ def write_corpus(folder: Path, vocab_size: int, task_documents: int, table_weigh
     import numpy as np
 
     from data_prep.tokenizer import train_tokenizer
+    from drafttrain.models.loading import load_tokenizer
 
     draw = random.Random(f"corpus/{seed}")
     train = [module.text for module in train_modules() if not module.table or draw.random() < table_weight]
-    tokenizer = train_tokenizer([*train, *_task_texts(task_documents, seed)], vocab_size)
+    if of is None:
+        tokenizer = train_tokenizer([*train, *_task_texts(task_documents, seed)], vocab_size)
+    else:
+        tokenizer = load_tokenizer(of)
     unfinished = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -161,7 +167,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     folder.record(parsed, "data_prep/corpus.py")
     write_corpus(
-        folder.path / "corpus", settings.vocab_size, settings.task_documents, settings.data_table_weight, settings.seed
+        folder.path / "corpus",
+        settings.vocab_size,
+        settings.task_documents,
+        settings.data_table_weight,
+        settings.seed,
+        settings.tokenizer,
     )
     print(f"corpus and tokenizer are in {folder.path / 'corpus'}")
 

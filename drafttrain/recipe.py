@@ -179,6 +179,23 @@ class ResponsesConfig:
 
 
 @dataclass
+class PositionsConfig:
+    """Where rows stand while a LongSpec drafter is trained: short rows train the positions of long texts."""
+
+    kind: Literal["anchor_offset", "multi_gap", "plain"] = "anchor_offset"
+    """anchor_offset (all but the first tokens of a row move by one random offset), multi_gap (several jumps, the first
+    there and the others anywhere) or plain (where they are)"""
+    anchors: int = at_least(0, 4)
+    """first tokens of a row that keep their places"""
+    served: int | None = at_least(2, None)
+    """longest context that will be served: rows move up to there; by default all positions that the target has"""
+    gaps: int = at_least(1, 3)
+    """multi_gap: jumps of a row"""
+    share: float = between(0.0, 1.0, 1.0)
+    """share of the rows that move"""
+
+
+@dataclass
 class TrainingConfig:
     """Distillation of the drafter."""
 
@@ -200,6 +217,8 @@ class TrainingConfig:
     """held-out prompts used for it"""
     tau_length: int = at_least(1, 5)
     """drafted tokens per round in it"""
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+    """longspec: positions that rows are trained at"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """passed on to transformers.TrainingArguments: learning_rate, num_train_epochs, bf16, deepspeed, ..."""
 
@@ -333,6 +352,8 @@ class CorpusConfig:
     """entries of the byte-level BPE tokenizer; the corpus keeps token ids in 16 bits"""
     task_documents: int = at_least(0, 4000)
     """task examples that the tokenizer is trained on beside the code"""
+    tokenizer: str | None = field(default=None, metadata=PATH)
+    """a model whose tokenizer is taken instead of training one: for a drafter, its target's"""
     data_table_weight: float = at_least(0.0, 0.05)
     """weight of modules that are data tables"""
     seed: int = 0

@@ -70,6 +70,7 @@ class LongSpecConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.num_hidden_layers = 1
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
@@ -173,6 +174,12 @@ class LongSpecDrafter(PreTrainedModel):
         self.mlp = SwiGLU(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if config.final_norm else nn.Identity()
         self.post_init()
+
+    def get_input_embeddings(self) -> None:
+        """The target's, and no part of it."""
+
+    def get_output_embeddings(self) -> None:
+        """Likewise."""
 
     def forward(self, embedded_BTH: Tensor, rotary: Rotary, windowed: Callable[..., Tensor], reading: Attend) -> Tensor:
         """The states that the target's head reads, [B, T, H].

@@ -39,7 +39,7 @@ class RotaryOf:
 
     def __call__(self, states: Tensor, positions_BT: Tensor) -> Rotary:
         """Cosines and sines in the dtype of `states`."""
-        return self._module(states, positions_BT, **self._more)
+        return self._module.forward(states, positions_BT, **self._more)  # hooks of engines that split it stay out
 
 
 def layer_kinds(config: Any) -> list[str]:

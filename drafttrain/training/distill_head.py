@@ -207,6 +207,14 @@ class DistillHead(nn.Linear):
         return _ChunkedDistillation.apply(hidden, self.weight, self.bias, self.shape, lesson, torch.is_grad_enabled())
 
 
+def teach_states(hidden_NH: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    """What `DistillHead` gives with a lesson, for a drafter that has the target's head: nothing of it is trained."""
+    head = lesson.head
+    return _ChunkedDistillation.apply(
+        hidden_NH, head.weight_VH, head.bias_V, head.shape, lesson, torch.is_grad_enabled()
+    )
+
+
 def output_head(model: PreTrainedModel) -> OutputHead:
     """The head of a model whose parameters are whole on this rank."""
     linear = model.get_output_embeddings()

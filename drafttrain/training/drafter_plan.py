@@ -37,6 +37,7 @@ from drafttrain.training.drafter_program import (
     drafter_arguments,
     left_out,
     longest,
+    placing_of,
     zero_stage,
 )
 from drafttrain.training.held_out import TOKENS
@@ -123,6 +124,8 @@ def read_shapes(parsed: Parsed) -> Shapes:
     target = Loaded(model, tokenizer, prints, settings.path)
     served = (DTYPES.get(settings.dtype) or config.dtype or torch.float32).itemsize
     drafter = sketch_drafter(parsed.recipe.drafter, target, settings.trust_remote_code)
+    if parsed.recipe.drafter.kind == "longspec":
+        placing_of(parsed.recipe, target, drafter)
     return Shapes(target, drafter, _bytes_per_weight(settings, served), served)
 
 
@@ -184,7 +187,7 @@ def _memory(
     trained = _count(drafter, trainable=True)
     moments = 2 if "8bit" in arguments.optim else 8
     tokens = arguments.per_device_train_batch_size * max(data.lengths)
-    head = inner(drafter).get_output_embeddings().weight
+    head = _head(drafter, shapes).weight
     caches = _caches(parsed, shapes, arguments, data, held_out)
     parts = {
         "target": _count(shapes.target.model) * shapes.target_bytes / weights_split,
@@ -208,6 +211,8 @@ def _caches(
     target, drafter = (
         cache_values(model.config.get_text_config()) for model in (shapes.target.model, inner(shapes.drafter))
     )
+    if parsed.recipe.drafter.kind == "longspec":  # its ring does not grow with the text
+        drafter = 0
     values = 0
     if training.tau_evaluations and len(held_out):
         rows = min(arguments.per_device_eval_batch_size, training.tau_prompts, len(held_out))
@@ -227,6 +232,11 @@ def cache_values(config: PretrainedConfig) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size
+
+
+def _head(model: nn.Module, shapes: Shapes) -> nn.Module:
+    """The output head that a model is taught through: a LongSpec drafter's is its target's."""
+    return inner(model).get_output_embeddings() or shapes.target.model.get_output_embeddings()
 
 
 def _activation(config: object, arguments: TrainingArguments) -> float:
@@ -251,9 +261,9 @@ def _disk(run: Path, shapes: Shapes, arguments: TrainingArguments, data: Respons
 def _time(shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> str:
     """Operations of all steps at a share of the matrix speed measured now."""
     share = _steps(arguments, data) * global_batch(arguments) / len(data)
-    target, drafter = (
-        inner(model).get_output_embeddings().weight.numel() for model in (shapes.target.model, shapes.drafter)
-    )
+    target = _head(shapes.target.model, shapes).weight.numel()
+    own = inner(shapes.drafter).get_output_embeddings()
+    drafter = 0 if own is None else own.weight.numel()
     reads, tokens = min(share, 1.0), sum(data.lengths)  # the target's states are stored when they are needed again
     operations = 2 * (_count(shapes.target.model) - target) * reads * tokens + 2 * target * share * data.tokens
     operations += 6 * share * ((_count(shapes.drafter) - drafter) * tokens + drafter * data.tokens)

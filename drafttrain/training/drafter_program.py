@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from drafttrain.training.drafter_trainer import DrafterTrainer
     from drafttrain.training.held_out import HeldOut
     from drafttrain.training.on_policy import OnPolicy
+    from drafttrain.training.positions import Placing
 
 WORK_FOLDER = "drafter-training"
 """Folder of the run with the Trainer's checkpoints; only the finished drafter goes to drafter/."""
@@ -131,8 +132,10 @@ def read_inputs(parsed: Parsed) -> Inputs:
     target = load_target(_placed(recipe))
     manifest, train, tune = read_responses(folder, target.fingerprint, parsed.accept_new_target)
     drafter = build_drafter(recipe.drafter, target, recipe.seed, recipe.target.trust_remote_code)
-    for model in (target.model, inner(drafter)):
+    for model in (target.model, *([] if recipe.drafter.kind == "longspec" else [inner(drafter)])):
         check_head(model)
+    if recipe.drafter.kind == "longspec":
+        placing_of(recipe, target, drafter)  # refused before anything is read
     context = min(max_context(target.model), max_context(inner(drafter)))
     max_length = longest(recipe.training, context)
     return Inputs(
@@ -234,6 +237,12 @@ def make_trainer(
     if held_out is None:
         arguments.load_best_model_at_end, arguments.metric_for_best_model = False, None
     arguments.eval_on_start = held_out is not None and checkpoint is None
+    longspec: dict[str, Any] = {}
+    kind = DrafterTrainer
+    if recipe.drafter.kind == "longspec":
+        from drafttrain.training.longspec_trainer import LongSpecTrainer
+
+        kind, longspec["placing"] = LongSpecTrainer, placing_of(recipe, inputs.target, inputs.drafter)
     distillation = Distillation(
         loss=mixed(training.losses),
         temperature=training.temperature,
@@ -242,7 +251,7 @@ def make_trainer(
         evaluations=training.tau_evaluations,
         on_policy=_on_policy(recipe, inputs, pad),
     )
-    return DrafterTrainer(
+    return kind(
         inputs.drafter,
         inputs.target.model,
         arguments,
@@ -252,17 +261,30 @@ def make_trainer(
         run,
         held_out,
         resumed=step_of(checkpoint) if checkpoint else 0,
+        **longspec,
     )
+
+
+def placing_of(recipe: Recipe, target: Loaded, drafter: nn.Module) -> Placing:
+    """Where the rows of a LongSpec drafter stand.
+
+    Raises:
+        UserError: more positions are to be served than the target has.
+    """
+    from drafttrain.training.positions import Placing
+
+    return Placing.of(recipe.training.positions, max_context(target.model), drafter.config.depth, recipe.seed)
 
 
 def store_states(trainer: DrafterTrainer, inputs: Inputs, folder: Path) -> None:
     """Compute the target's states once where they are read more than once and fit on the disk; all ranks call it."""
+    from drafttrain.models.longspec import LongSpecDrafter
     from drafttrain.training.state_file import StateFile
     from drafttrain.training.target_states import TargetStates
 
     passes, target = trainer.args.num_train_epochs, trainer.target
-    if passes <= 1 or target.sharded:
-        return
+    if passes <= 1 or target.sharded or isinstance(trainer.replica.model, LongSpecDrafter):
+        return  # a LongSpec drafter reads the target's keys, at other positions in every pass
     needed = TargetStates.bytes_needed(target, inputs.train)
     path = folder / "target-states.bin"
     if not StateFile.fits(path, needed):
@@ -325,7 +347,7 @@ def save_drafter(run: RunFolder, drafter: Any, trainer: DrafterTrainer, parsed: 
     measured = {point["step"]: point for point in trainer.history.points}.get(kept, {})
     metrics = {name: value for name, value in measured.items() if name != "seconds"}
     info = CheckpointInfo(
-        kind="drafter",
+        kind="longspec" if parsed.recipe.drafter.kind == "longspec" else "drafter",
         target=inputs.target.fingerprint,
         recipe=parsed.resolved,
         metrics=metrics,

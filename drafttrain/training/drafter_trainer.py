@@ -22,6 +22,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.loop import Decoder
 from drafttrain.distributed import barrier, is_main
 from drafttrain.errors import UserError
 from drafttrain.models.drafters import inner, merged
@@ -115,7 +117,7 @@ class DrafterTrainer(Trainer):
     ) -> None:
         decodes = held_out is not None or distillation.on_policy is not None
         replica = Replica(drafter, target.dtype, args.device if decodes else torch.device("cpu"))
-        attach(inner(drafter))
+        self._attach(drafter)
         super().__init__(model=drafter, args=args, train_dataset=train, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over all accumulation steps
         self.replica, self.target = replica, FrozenTarget(target, self.accelerator)
@@ -139,8 +141,22 @@ class DrafterTrainer(Trainer):
         policy = self.distillation.on_policy
         if policy is not None and policy.at(self.state.global_step):
             self.replica.refresh(self._unwrapped())
-            batches = [policy.continued(batch, self.replica, self.state.global_step) for batch in batches]
+            batches = [policy.continued(batch, self._writer(policy), self.state.global_step) for batch in batches]
+        batches = [self._placed(batch, self.state.global_step) for batch in batches]
         return batches, self._total_weight(batches)
+
+    def _attach(self, drafter: nn.Module) -> None:
+        """Teach the model to answer a lesson."""
+        attach(inner(drafter))
+
+    def _writer(self, policy: OnPolicy) -> Decoder:
+        """What writes on-policy text: the drafter as it stands."""
+        engine = Engine(self.replica.causal_lm, policy.vocabulary)
+        return Decoder(engine, None, policy.sampling, policy.eos_ids, policy.key(self.state.global_step))
+
+    def _placed(self, batch: dict[str, Tensor], step: int | None) -> dict[str, Tensor]:
+        """A batch with all that is drawn for it: in training by the step, None for held-out rows. Here nothing is."""
+        return batch
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> None:
         return None  # counted in `get_batch_samples`, when the batches are final
@@ -178,7 +194,7 @@ class DrafterTrainer(Trainer):
     ) -> dict[str, Tensor]:
         """Weighted sums of loss and expected acceptance over the trained tokens of a batch, maybe none."""
         ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
-        weights_BT, labels_BT = _shifted(inputs["weights"], 0.0), _shifted(inputs["labels"], -100)
+        weights_BT, labels_BT = shifted(inputs["weights"], 0.0), shifted(inputs["labels"], -100)
         selected_BT = weights_BT > 0
         if states is None:
             hidden_NH = self.target.hidden(ids_BT, mask_BT)[selected_BT]
@@ -239,7 +255,7 @@ class DrafterTrainer(Trainer):
         totals = torch.zeros(3, dtype=torch.float64)
         for rows in self.held_out.shares(self.args.per_device_eval_batch_size):
             # A rank without rows makes the same forward passes, on an empty one.
-            batch = self._prepare_inputs(self.data_collator(rows or [EMPTY]))
+            batch = self._prepare_inputs(self._placed(self.data_collator(rows or [EMPTY]), None))
             sums = self._teach(self.model_wrapped, batch)
             totals += torch.stack([sums["loss"], sums["acceptance"], batch["weights"][:, 1:].sum()]).double().cpu()
         loss, acceptance, weight = self._over_processes(totals).tolist()
@@ -295,7 +311,7 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / COMPLETE).is_file()
 
 
-def _shifted(values_BT: Tensor, fill: float) -> Tensor:
+def shifted(values_BT: Tensor, fill: float) -> Tensor:
     """What belongs to the next token, at the position that predicts it."""
     last_B1 = torch.full_like(values_BT[:, :1], fill)
     return torch.cat([values_BT[:, 1:], last_B1], 1)

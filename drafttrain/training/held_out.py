@@ -17,8 +17,10 @@ import torch
 from drafttrain.decoding.counts import Counts
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.longspec import LongSpec
 from drafttrain.decoding.loop import Decoder
 from drafttrain.distributed import rank, world_size
+from drafttrain.models.longspec import LongSpecDrafter
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import write_atomically
 from drafttrain.training.drafter_data import ResponseDataset, Row
@@ -97,7 +99,11 @@ class HeldOut:
         """
         alone = target.sharded or world_size() == 1
         chosen = range(len(self.prompts)) if alone else range(rank(), len(self.prompts), world_size())
-        drafter = ModelDrafter(Engine(replica.causal_lm, self.vocabulary), length=self.length)
+        model = replica.causal_lm
+        if isinstance(model, LongSpecDrafter):
+            drafter = LongSpec(model, length=self.length)
+        else:
+            drafter = ModelDrafter(Engine(model, self.vocabulary), length=self.length)
         with target.whole_head():
             decoder = Decoder(Engine(target.model, self.vocabulary), drafter, self.sampling, self.eos_ids)
             counts = Counts()

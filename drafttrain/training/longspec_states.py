@@ -8,8 +8,8 @@ The same positions drive the frozen target and the block, so that short rows may
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Reading:
 def read_target(
     target: PreTrainedModel,
     ids_BT: Tensor,
-    mask_BT: Tensor,
+    mask_BT: Tensor | None,
     layer: int,
     positions_BT: Tensor | None = None,
     decoder: nn.Module | None = None,
@@ -54,41 +54,53 @@ def read_target(
     Args:
         target: frozen.
         ids_BT: token ids.
-        mask_BT: 1 on tokens, 0 on padding, which is on the right.
+        mask_BT: 1 on tokens, 0 on padding, which is on the right; None without padding.
         layer: whose keys and values are kept.
         positions_BT: rising, all distances between neighbours 1 or more; None counts from 0.
         decoder: what runs instead of the target's own decoder (an engine that splits it).
     """
     if positions_BT is None:
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
-    hidden_BTH, keys, values = captured_layer(
-        target.get_decoder() if decoder is None else decoder,
-        target.config.get_text_config().num_hidden_layers,
-        layer,
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        position_ids=positions_BT,
-    )
-    embedded_BTH = target.get_input_embeddings()(ids_BT)
+    embedded: list[Tensor] = []
+    # The engine of a split target gathers the embedding only while the decoder runs.
+    hook = target.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
+    try:
+        found = captured_layer(
+            target.get_decoder() if decoder is None else decoder,
+            target.config.get_text_config().num_hidden_layers,
+            layer,
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+        )
+    finally:
+        hook.remove()
+    embedded_BTH, hidden_BTH, keys, values = (states.to(ids_BT.device) for states in (embedded[0], *found))
     rotary = RotaryOf(target)(embedded_BTH, positions_BT)
     return Reading(embedded_BTH, hidden_BTH, keys, values, rotary, positions_BT)
 
 
-def block_states(block: LongSpecDrafter, reading: Reading, lag_B: Tensor) -> Tensor:
+def block_states(
+    block: LongSpecDrafter, reading: Reading, lag_B: Tensor, forward: Callable[..., Tensor] | None = None
+) -> Tensor:
     """The block's states at every token, [B, T, H]: the target's head over them gives its logits.
 
     Args:
-        block: perhaps wrapped for training.
+        block: whose shape and dtype.
         reading: of the rows.
         lag_B: how many of the target's last tokens each row's queries do without, 1 or more: 1 at the first drafted
             token of a round, k at the k-th.
+        forward: the block's, where calling it is not calling that.
     """
-    config = block.config
-    windowed = partial(
-        windowed_attention, positions_BT=reading.positions_BT, window=config.window, scaling=config.scaling
+    config, dtype = block.config, block.self_norm.weight.dtype
+    embedded_BTH, keys, values, cos, sin = (
+        states.to(dtype) for states in (reading.embedded_BTH, reading.keys_BMTD, reading.values_BMTD, *reading.rotary)
     )
 
-    def look(q_BNTD: Tensor) -> Tensor:
-        return lagged_attention(q_BNTD, reading.keys_BMTD, reading.values_BMTD, lag_B, config.scaling)
+    def windowed(q_BNTD: Tensor, k_BMTD: Tensor, v_BMTD: Tensor) -> Tensor:
+        return windowed_attention(q_BNTD, k_BMTD, v_BMTD, reading.positions_BT, config.window, config.scaling)
 
-    return block(reading.embedded_BTH, reading.rotary, windowed, look)
+    def look(q_BNTD: Tensor) -> Tensor:
+        return lagged_attention(q_BNTD, keys, values, lag_B, config.scaling)
+
+    return (forward or block)(embedded_BTH, (cos, sin), windowed, look)

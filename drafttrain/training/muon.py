@@ -13,13 +13,14 @@ class MuonAdamW(torch.optim.Optimizer):
     does on small models; embeddings, norms and biases are not matrices in that sense and stay with AdamW.
 
     Args:
-        model: a causal language model; its embedding and output head count as AdamW's.
+        model: a causal language model, or a part of one; its embedding and output head count as AdamW's.
         learning_rate: shared peak rate; Muon's update is scaled to AdamW's root mean square.
         weight_decay: decoupled, on the matrices only.
     """
 
     def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float = 0.01) -> None:
-        embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        embeddings = {id(table.weight) for table in tables if table is not None}
         matrices, others = [], []
         for parameter in model.parameters():
             is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings

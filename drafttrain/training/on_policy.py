@@ -15,12 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.loop import Decoder
 from drafttrain.ops.random import uniform
 from drafttrain.ops.sampling import Sampling
 from drafttrain.training.drafter_data import IGNORED, Collator
-from drafttrain.training.sharding import Replica
 
 
 @dataclass(frozen=True)
@@ -53,22 +51,23 @@ class OnPolicy:
             return False
         return float(uniform(self.seed, "on-policy step", torch.tensor(step), torch.tensor(0))) < self.fraction
 
-    def continued(self, batch: dict[str, Tensor], replica: Replica, step: int) -> dict[str, Tensor]:
+    def key(self, step: int) -> int:
+        """Seed of the draws of a step's text."""
+        return self.seed * 1_000_003 + step + 1
+
+    def continued(self, batch: dict[str, Tensor], writer: Decoder, step: int) -> dict[str, Tensor]:
         """The batch with responses cut somewhere and continued by the drafter.
 
         Args:
             batch: of a `Collator`.
-            replica: up to date.
+            writer: writes as the drafter does now, with the seed of `key`.
             step: optimizer steps done, which keys the draws.
 
         Returns:
             a batch of the same kind without `row`; only what the drafter wrote has weight, and nothing has a label.
         """
         prefixes = self.prefixes(batch, step)
-        decoder = Decoder(
-            Engine(replica.causal_lm, self.vocabulary), None, self.sampling, self.eos_ids, seed=_key(self.seed, step)
-        )
-        written = decoder.generate(prefixes, self.tokens, batch["sample_id"].tolist())
+        written = writer.generate(prefixes, self.tokens, batch["sample_id"].tolist())
         rows = [
             {"input_ids": prefix + done.token_ids, "prompt_length": len(prefix), "sample_id": sample, "row": -1}
             for prefix, done, sample in zip(prefixes, written, batch["sample_id"].tolist(), strict=True)
@@ -92,10 +91,6 @@ class OnPolicy:
             keep = max(1, min(keep, self.max_length - self.tokens))
             rows.append(batch["input_ids"][place, :keep].tolist())
         return rows
-
-
-def _key(seed: int, step: int) -> int:
-    return seed * 1_000_003 + step + 1
 
 
 def _padded(batch: dict[str, Tensor], width: int, pad_id: int) -> dict[str, Tensor]:

@@ -32,12 +32,15 @@ from drafttrain.evaluation.tasks import KINDS, TASKS
 from drafttrain.models.checkpoint import CheckpointInfo, license_of, save_checkpoint
 from drafttrain.models.drafters import build_drafter, new_config
 from drafttrain.models.fingerprint import tokenizer_hash
-from drafttrain.models.loading import Loaded, load_causal_lm, load_target, load_tokenizer
+from drafttrain.models.loading import Loaded, load_causal_lm, load_target, load_tokenizer, max_context
+from drafttrain.models.longspec import LongSpecDrafter
 from drafttrain.ops import causal_attention
 from drafttrain.recipe import PretrainConfig, Recipe, StageConfig
 from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import on_one_device
+from drafttrain.training.longspec_states import block_states, read_target
 from drafttrain.training.muon import MuonAdamW
+from drafttrain.training.positions import Placing, seen_from
 from drafttrain.training.pretrain_data import CODE, DRILLS, Blocks
 from drafttrain.training.work_folder import last_checkpoint
 
@@ -66,6 +69,20 @@ def weighted_loss(
     return _teacher_loss(model.lm_head.weight, states, weights, teacher.lm_head.weight, taught)
 
 
+def longspec_loss(
+    block: LongSpecDrafter, input_ids: Tensor, weights: Tensor, placing: Placing, step: int, teacher: nn.Module
+) -> Tensor:
+    """`weighted_loss` of a LongSpec drafter: rows stand and look behind as `placing` draws for the step."""
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    lengths = torch.full_like(rows, input_ids.shape[1])
+    positions, lags = placing.positions(lengths, input_ids.shape[1], rows, step), placing.lags(rows, step)
+    reading = read_target(teacher, input_ids, None, block.config.kv_layer, positions)
+    states = block_states(block, reading, lags)[:, :-1].flatten(0, 1)
+    weights = seen_from(weights[:, 1:], lags).flatten()
+    head = teacher.lm_head.weight
+    return _teacher_loss(head, states, weights, head, reading.hidden_BTH[:, :-1].flatten(0, 1))
+
+
 @torch.compile(dynamic=False)
 def _label_loss(head: Tensor, states: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
     logits = nn.functional.linear(states, head)
@@ -83,9 +100,12 @@ def _teacher_loss(head: Tensor, states: Tensor, weights: Tensor, teacher_head: T
 class PretrainTrainer(Trainer):
     """The library's loop over blocks in their order, with the weighted loss."""
 
-    def __init__(self, *args: object, teacher: nn.Module | None = None, **kwargs: object) -> None:
+    def __init__(
+        self, *args: object, teacher: nn.Module | None = None, placing: Placing | None = None, **kwargs: object
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._teacher = None if teacher is None else teacher.to(self.args.device)
+        self._placing = placing
 
     def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -98,7 +118,11 @@ class PretrainTrainer(Trainer):
         """
         # the Trainer's own autocast wraps model.forward, which the loss goes around
         with torch.autocast(self.args.device.type, torch.bfloat16):
-            loss = weighted_loss(model, **inputs, teacher=self._teacher)
+            if self._placing is None:
+                loss = weighted_loss(model, **inputs, teacher=self._teacher)
+            else:  # its rows are placed by the recipe, not by the stream
+                ids, weights = inputs["input_ids"], inputs["weights"]
+                loss = longspec_loss(model, ids, weights, self._placing, self.state.global_step, self._teacher)
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; lower pretrain.learning_rate. "
@@ -174,8 +198,9 @@ def pretrain(parsed: Parsed) -> None:
 class Pair:
     """A drafter to train, and the frozen target to learn from."""
 
-    drafter: LlamaForCausalLM
+    drafter: LlamaForCausalLM | LongSpecDrafter
     target: Loaded
+    placing: Placing | None = None
 
 
 def load_pair(recipe: Recipe) -> Pair:
@@ -186,9 +211,14 @@ def load_pair(recipe: Recipe) -> Pair:
     """
     target = load_target(recipe.target)
     drafter = build_drafter(recipe.drafter, target, recipe.seed, recipe.target.trust_remote_code)
+    block = drafter if isinstance(drafter, LongSpecDrafter) else None
     for name, model in (("target", target.model), ("drafter", drafter)):
-        if not isinstance(model, LlamaForCausalLM):
+        if not isinstance(model, LlamaForCausalLM) and model is not block:
             raise UserError(f"drafttrain pretrain takes plain Llamas, and this {name} is a {type(model).__name__}.")
+    if block is not None:
+        context = max_context(target.model)
+        placing = Placing.of(recipe.training.positions, context, block.config.depth, recipe.pretrain.seed)
+        return Pair(block, target, placing)
     if drafter.config.vocab_size != target.model.config.vocab_size:
         raise UserError(
             f"the drafter has {drafter.config.vocab_size} output rows and the target {target.model.config.vocab_size}; "
@@ -247,12 +277,14 @@ def train(
     if pair is not None:
         _check_tokenizer(pair.target.tokenizer, tokenizer, f"the target {pair.target.path}")
         model, teacher = pair.drafter, pair.target.model.requires_grad_(False)
-        _compile(teacher)
     else:
         model, teacher = new_model(settings.model, tokenizer, settings.seed), None
         if settings.init_from:
             _take_weights(model, tokenizer, settings.init_from)
-    _compile(model)
+    placing = None if pair is None else pair.placing
+    for each in (model, teacher):
+        if placing is None and each is not None:
+            _compile(each)
     corpus = np.load(run / "corpus" / "train.npy")
     blocks = Blocks(settings.stages, corpus, tokenizer, model.config.max_position_embeddings, settings.seed)
     optimizer = MuonAdamW(model, settings.learning_rate)
@@ -266,13 +298,16 @@ def train(
         data_collator=lambda items: items[0],
         processing_class=tokenizer,  # saved with every checkpoint, so that a run can be continued from one
         optimizers=(optimizer, schedule),
-        callbacks=[Probe(run, tokenizer, held_out, settings.save_every)],
+        # a LongSpec drafter answers nothing by itself
+        callbacks=[] if placing else [Probe(run, tokenizer, held_out, settings.save_every)],
         teacher=teacher,
+        placing=placing,
     )
     checkpoint = last_checkpoint(run / "pretrain")
     _note_settings(run / "pretrain", settings, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model.set_attn_implementation("sdpa")
+    if placing is None:
+        model.set_attn_implementation("sdpa")
     return model, tokenizer
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from drafttrain.errors import UserError
 from drafttrain.models.drafters import inner
 from drafttrain.training.distill_head import OutputHead, output_head
+from drafttrain.training.longspec_states import Reading, read_target
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,6 +60,10 @@ class FrozenTarget:
         """Last hidden states [B, T, H], after the final norm."""
         hidden_BTH = self._decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
         return hidden_BTH.to(ids_BT.device)
+
+    def reading(self, ids_BT: Tensor, mask_BT: Tensor, layer: int, positions_BT: Tensor) -> Reading:
+        """What a LongSpec drafter learns from; arguments as of `read_target`."""
+        return read_target(self.model, ids_BT, mask_BT, layer, positions_BT, self._decoder)
 
     @contextlib.contextmanager
     def head(self, device: torch.device) -> Iterator[OutputHead]:

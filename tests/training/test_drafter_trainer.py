@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from drafttrain.config import DrafterConfig, LoraConfig, TrainingConfig
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.loop import Decoder
 from drafttrain.errors import UserError
 from drafttrain.models.drafters import build_drafter
 from drafttrain.models.fingerprint import fingerprint
@@ -252,6 +254,13 @@ def test_the_history_forgets_what_a_resumed_run_does_again(tmp_path):
 POLICY = OnPolicy(0.5, 6, Sampling(), VOCABULARY, {5}, 20, 1, seed=3)
 
 
+def written(batch, replica, step):
+    """The batch as the drafter writes it on."""
+    engine = Engine(replica.causal_lm, POLICY.vocabulary)
+    writer = Decoder(engine, None, POLICY.sampling, POLICY.eos_ids, POLICY.key(step))
+    return POLICY.continued(batch, writer, step)
+
+
 def batch_of(data):
     return Collator(1)([data[index] for index in range(len(data))])
 
@@ -265,31 +274,31 @@ def test_about_the_asked_share_of_steps_is_on_policy():
 def test_only_what_the_drafter_wrote_is_trained(target):
     replica = Replica(target.model, torch.float32, torch.device("cpu"))
     batch = batch_of(ResponseDataset(rows(), 20))
-    prefixes, made = POLICY.prefixes(batch, step=4), POLICY.continued(batch, replica, step=4)
+    prefixes, made = POLICY.prefixes(batch, step=4), written(batch, replica, step=4)
     for place, prefix in enumerate(prefixes):
         assert made["input_ids"][place, : len(prefix)].tolist() == prefix
         assert batch["input_ids"][place, : len(prefix)].tolist() == prefix
         trained = made["weights"][place].nonzero().flatten().tolist()
         assert trained == list(range(len(prefix), len(prefix) + len(trained))) and 1 <= len(trained) <= 6
-        written = made["input_ids"][place, trained].tolist()
-        assert len(written) == 6 or written[-1] == 5
+        tokens = made["input_ids"][place, trained].tolist()
+        assert len(tokens) == 6 or tokens[-1] == 5
     assert (made["labels"] == -100).all()
 
 
 def test_what_is_written_depends_on_the_sample_and_step_alone(target):
     replica = Replica(target.model, torch.float32, torch.device("cpu"))
     data = ResponseDataset(rows(), 20)
-    together = POLICY.continued(batch_of(data), replica, step=2)
-    alone = POLICY.continued(Collator(1)([data[3]]), replica, step=2)
+    together = written(batch_of(data), replica, step=2)
+    alone = written(Collator(1)([data[3]]), replica, step=2)
     length = int(alone["attention_mask"].sum())
     assert together["input_ids"][3, :length].tolist() == alone["input_ids"][0, :length].tolist()
-    later = POLICY.continued(Collator(1)([data[3]]), replica, step=3)
+    later = written(Collator(1)([data[3]]), replica, step=3)
     assert later["input_ids"].tolist() != alone["input_ids"].tolist()
 
 
 def test_empty_rows_stay_empty_on_policy(target):
     replica = Replica(target.model, torch.float32, torch.device("cpu"))
-    assert not POLICY.continued(Collator(1)([EMPTY]), replica, step=1)["weights"].any()
+    assert not written(Collator(1)([EMPTY]), replica, step=1)["weights"].any()
 
 
 def test_on_policy_training_runs_and_resumes_exactly(target, tmp_path):

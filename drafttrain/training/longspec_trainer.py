@@ -1,0 +1,111 @@
+"""Distillation of a LongSpec drafter: the Trainer of drafters, with a target that is read and rows that are placed."""
+
+# B batch, T time, N trained tokens
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.longspec import LongSpec
+from drafttrain.decoding.loop import Decoder
+from drafttrain.decoding.synthetic import SyntheticAcceptance
+from drafttrain.errors import UserError
+from drafttrain.models.longspec import LongSpecDrafter
+from drafttrain.training.distill_head import Lesson, teach_states
+from drafttrain.training.drafter_trainer import DrafterTrainer, shifted
+from drafttrain.training.longspec_states import Reading, block_states
+from drafttrain.training.on_policy import OnPolicy
+from drafttrain.training.positions import Placing, seen_from
+
+HELD_OUT_STEP = -1
+"""Held-out rows look behind by lags of their own, the same at every measurement."""
+
+
+class LongSpecTrainer(DrafterTrainer):
+    """The Trainer of LongSpec drafters.
+
+    Args:
+        placing: where rows stand, and their lags.
+        args, kwargs: as of `DrafterTrainer`.
+
+    Raises:
+        UserError: the drafter shall write itself and the target is split over processes, which write unlike texts.
+    """
+
+    def __init__(self, *args: Any, placing: Placing, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.placing = placing
+        self._block: LongSpecDrafter = self.replica.model  # its configuration
+        if self.distillation.on_policy is not None and self.target.sharded:
+            raise UserError(
+                "training.on_policy_fraction: a LongSpec drafter writes beside its target, which is split over the "
+                "processes here; use ZeRO-2 or leave it out."
+            )
+
+    def _attach(self, drafter: nn.Module) -> None:
+        teach_block(drafter)
+
+    def _writer(self, policy: OnPolicy) -> Decoder:
+        """Rounds as when decoding, all of whose drafts are taken: so it meets what its own mistakes lead to."""
+        drafter = LongSpec(self.replica.causal_lm, length=self._block.config.depth)
+        engine = Engine(self.target.model, policy.vocabulary)
+        seed, all_of_them = policy.key(self.state.global_step), SyntheticAcceptance([1.0])
+        return Decoder(engine, drafter, policy.sampling, policy.eos_ids, seed, synthetic=all_of_them)
+
+    def _placed(self, batch: dict[str, Tensor], step: int | None) -> dict[str, Tensor]:
+        """The batch with positions and lags; tokens whose queries see nothing of the target lose their weight."""
+        samples_B, lengths_B = batch["sample_id"], batch["attention_mask"].sum(1)
+        width = batch["input_ids"].shape[1]
+        lags_B = self.placing.lags(samples_B, HELD_OUT_STEP if step is None else step)
+        if step is None:
+            positions_BT = torch.arange(width, device=lags_B.device).expand(len(lags_B), -1)
+        else:
+            positions_BT = self.placing.positions(lengths_B, width, samples_B, step)
+        weights_BT = batch["weights"].clone()
+        weights_BT[:, 1:] = seen_from(weights_BT[:, 1:], lags_B)
+        return batch | {"weights": weights_BT, "positions": positions_BT, "lags": lags_B}
+
+    def _teach(self, model: nn.Module, inputs: Mapping[str, Tensor], states: None = None) -> dict[str, Tensor]:
+        """Weighted sums of loss and expected acceptance over the trained tokens of a batch, maybe none."""
+        weights_BT, labels_BT = shifted(inputs["weights"], 0.0), shifted(inputs["labels"], -100)
+        selected_BT = weights_BT > 0
+        reading = self.target.reading(
+            inputs["input_ids"], inputs["attention_mask"], self._block.config.kv_layer, inputs["positions"]
+        )
+        with self.target.head(selected_BT.device) as head:
+            lesson = Lesson(
+                selected_BT=selected_BT,
+                hidden_NH=reading.hidden_BTH[selected_BT],
+                head=head,
+                labels_N=labels_BT[selected_BT],
+                weights_N=weights_BT[selected_BT],
+                loss=self.distillation.loss,
+                vocabulary=self.distillation.vocabulary,
+                temperature=self.distillation.temperature,
+                chunk_tokens=self.distillation.chunk_tokens,
+            )
+            return model(reading=reading, lags=inputs["lags"], lesson=lesson)
+
+
+def teach_block(block: LongSpecDrafter) -> LongSpecDrafter:
+    """Teach a block to answer `block(reading=..., lags=..., lesson=...)` with sums; any other call goes its way."""
+    plain_forward = block.forward
+
+    def forward(
+        self: LongSpecDrafter, *args, reading: Reading | None = None, lags: Tensor | None = None,
+        lesson: Lesson | None = None,
+    ):  # fmt: skip
+        if lesson is None:
+            return plain_forward(*args)
+        states_BTH = block_states(self, reading, lags, plain_forward)
+        loss, acceptance = teach_states(states_BTH[lesson.selected_BT], lesson)
+        return {"loss": loss, "acceptance": acceptance}
+
+    block.forward = types.MethodType(forward, block)
+    return block
