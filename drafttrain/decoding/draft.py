@@ -141,6 +141,11 @@ class Draft:
         """The position that a token was copied from."""
         return None if self.origins is None else self.origins[row][column]
 
+    def written_by(self, row: int) -> tuple[str | list[str], list[int | None] | None]:
+        """Who proposed a row's tokens, one label or one a token, and from which positions they were copied."""
+        source = self.source if isinstance(self.source, str) else self.source[row]
+        return source, None if self.origins is None else self.origins[row]
+
     def to(self, device: torch.device) -> Draft:
         """The same draft on another device."""
         if self.tokens_BK.device == device:

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drafttrain.decoding.counts import Completion, Counts
+from drafttrain.decoding.counts import Completion
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import Drafter, Setting
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.exclusions import Exclusions
+from drafttrain.decoding.rows import Reply, Round, Row
 from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.decoding.target_view import TargetView
@@ -35,39 +34,6 @@ from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.random import Draws, sample
 from drafttrain.ops.sampling import Sampling, seen_along, seen_tokens
 from drafttrain.ops.tree import ABSENT, TreeBlock, depth_of
-
-
-@dataclass
-class _Row:
-    """One sequence being decoded."""
-
-    index: int
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    origins: list[int | None] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
-    finish_reason: str | None = None
-
-
-class Reply(NamedTuple):
-    """What the host must know of a row's round.
-
-    Attributes:
-        accepted: drafted tokens that the target accepts.
-        drafted: tokens proposed.
-        forwards: of the drafter's members, in the draft's order.
-        tokens: the first accepted + 1 are emitted, the rest is padding.
-        path: of a tree: the accepted nodes; None for a chain.
-        depth: of a tree: tokens of its longest path.
-    """
-
-    accepted: int
-    drafted: int
-    forwards: list[int]
-    tokens: list[int]
-    path: list[int] | None = None
-    depth: int | None = None
 
 
 class Decoder:
@@ -152,10 +118,10 @@ class Decoder:
         committed = Committed(prompts, ids, exclusions=list(exclusions) if exclusions else None)
         if self.sampling.penalised:
             committed.seen_BV = seen_tokens(prompts, self.target.vocabulary, self.target.device)
-        rows = [_Row(index, limit) for index, limit in enumerate(limits)]
+        rows = [Row(index, limit) for index, limit in enumerate(limits)]
         draws = Draws(self.seed, ids, committed.lengths, self.target.device)
         self._start(committed, rows, resume)
-        finished: list[_Row] = []
+        finished: list[Row] = []
         while rows:
             started = time.perf_counter()
             draft, reply = self._round(committed, rows, draws)
@@ -167,9 +133,8 @@ class Decoder:
         finished.sort(key=lambda row: row.index)
         return [self._completion(row) for row in finished]
 
-    def _completion(self, row: _Row) -> Completion:
-        synthetic = self.synthetic is not None
-        return Completion(row.tokens, row.finish_reason, row.sources, row.counts, synthetic, row.origins)
+    def _completion(self, row: Row) -> Completion:
+        return row.completion(self.synthetic is not None)
 
     # ---- start ----
 
@@ -188,7 +153,7 @@ class Decoder:
                     "positions of the target; shorten the prompt or lower max_new_tokens"
                 )
 
-    def _start(self, committed: Committed, rows: list[_Row], resume: bool) -> None:
+    def _start(self, committed: Committed, rows: list[Row], resume: bool) -> None:
         """Read the prompts, each but its last token."""
         started = time.perf_counter()
         setting = self._setting(committed, rows)
@@ -206,7 +171,7 @@ class Decoder:
         self.target.read(self._cache, [tokens[length:-1] for tokens, length in unread])
         self._started(rows, started)
 
-    def _setting(self, committed: Committed, rows: list[_Row]) -> Setting:
+    def _setting(self, committed: Committed, rows: list[Row]) -> Setting:
         """What a drafter is told of this run."""
         return Setting(
             self.sampling,
@@ -218,17 +183,17 @@ class Decoder:
             self._view,
         )
 
-    def _started(self, rows: list[_Row], started: float) -> None:
+    def _started(self, rows: list[Row], started: float) -> None:
         """The prompts are read."""
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         seconds = (time.perf_counter() - started) / len(rows)
         for row in rows:
-            row.counts.prefill_seconds = seconds
+            row.prefill_seconds = seconds
 
     # ---- a round ----
 
-    def _round(self, committed: Committed, rows: list[_Row], draws: Draws) -> tuple[Draft, list[Reply]]:
+    def _round(self, committed: Committed, rows: list[Row], draws: Draws) -> tuple[Draft, list[Reply]]:
         """Draft and verify."""
         draft, logits = self._drafted(committed, rows, draws)
         if self.synthetic is None and self._compares(draft):
@@ -238,7 +203,7 @@ class Decoder:
             verdict = self.synthetic.exchange(verdict, draft, draws.at("synthetic", committed.lengths, draft.width))
         return draft, self._outcome(draft, verdict)
 
-    def _drafted(self, committed: Committed, rows: list[_Row], draws: Draws) -> tuple[Draft, Tensor]:
+    def _drafted(self, committed: Committed, rows: list[Row], draws: Draws) -> tuple[Draft, Tensor]:
         """A draft, and the target's logits behind the text and behind each drafted token: [B, K + 1, V]."""
         budget = [row.limit - len(row.tokens) - 1 for row in rows]
         draft = None
@@ -346,21 +311,16 @@ class Decoder:
         verify = verify_sampled if draft.parents_BK is None else verify_tree
         return verify(self.sampling.probabilities(logits, seen), draft, u_accept_BK, u_next)
 
-    def _settle(self, committed: Committed, rows: list[_Row], draft: Draft, reply: list[Reply], started: float) -> None:
+    def _settle(self, committed: Committed, rows: list[Row], draft: Draft, reply: list[Reply], started: float) -> None:
         """Emit the round's tokens, end rows, and roll the caches back to what is committed."""
         read = [length - draft.width - 1 for length in self._cache.lengths]  # before the round's forward
         emitted: list[list[int]] = []
         agreed: list[int] = []
-        for place, (row, own) in enumerate(zip(rows, reply, strict=True)):
+        for row, own in zip(rows, reply, strict=True):
             tokens, row.finish_reason = self._cut(row, own.tokens[: own.accepted + 1])
             emitted.append(tokens)
             agreed.append(min(own.accepted, len(tokens)))
-            nodes = range(own.accepted) if own.path is None else own.path
             row.tokens += tokens
-            drafted = nodes[: len(tokens)]
-            others = len(tokens) - len(drafted)
-            row.sources += [draft.label(place, node) for node in drafted] + ["target"] * others
-            row.origins += [draft.origin(place, node) for node in drafted] + [None] * others
         committed.grow(emitted)
         # The last emitted token is not read yet, in either model.
         if draft.parents_BK is None:
@@ -378,12 +338,12 @@ class Decoder:
         if committed.seen_BV is not None:
             for place, tokens in enumerate(emitted):
                 committed.seen_BV[place, tokens] = True
+        members = tuple(draft.forwards)
         seconds = (time.perf_counter() - started) / len(rows)
-        for row, tokens, own, accepted in zip(rows, emitted, reply, agreed, strict=True):
-            forwards = dict(zip(draft.forwards, own.forwards, strict=False))
-            row.counts.add_round(len(tokens), own.drafted, accepted, forwards, seconds, own.depth)
+        for place, (row, own) in enumerate(zip(rows, reply, strict=True)):
+            row.rounds.append(Round(own, len(emitted[place]), seconds, members, *draft.written_by(place)))
 
-    def _cut(self, row: _Row, tokens: list[int]) -> tuple[list[int], str | None]:
+    def _cut(self, row: Row, tokens: list[int]) -> tuple[list[int], str | None]:
         """A round's tokens up to and including the first that ends the row, and why it ends there."""
         reason = "length" if len(row.tokens) + len(tokens) >= row.limit else None
         end = next((place for place, token in enumerate(tokens) if token in self.eos_ids), None)
@@ -395,7 +355,7 @@ class Decoder:
                 tokens, reason = tokens[:count], "stop"
         return tokens, reason
 
-    def _leave(self, committed: Committed, rows: list[_Row], draws: Draws) -> list[_Row]:
+    def _leave(self, committed: Committed, rows: list[Row], draws: Draws) -> list[Row]:
         """Drop finished rows: the last rows move into their places."""
         kept = surviving_order([row.finish_reason is None for row in rows])
         if not kept:
