@@ -16,13 +16,18 @@ def finish(benchmark: str, figures: dict[str, float], rows: Any = None, output: 
     """Print the last line; write it with the raw rows to `output`, where one is named."""
     result = {
         "benchmark": benchmark,
-        "figures": {name: round(float(value), 6) for name, value in figures.items()},
+        "figures": {name: _rounded(float(value)) for name, value in figures.items()},
         "environment": environment(),
     }
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result), flush=True)
+
+
+def _rounded(value: float) -> float:
+    """To six decimals, or three digits where that is less: an error of 1e-7 is not zero."""
+    return round(value, 6) if abs(value) >= 1e-3 else float(f"{value:.3g}")
 
 
 def environment() -> dict[str, Any]:
