@@ -14,6 +14,7 @@ from torch import Tensor
 from drafttrain.context.budgets import Budget, Protected
 from drafttrain.context.cost import PrefillCost, compression_pays
 from drafttrain.context.dropping import Protect, protected_of
+from drafttrain.context.scorers import rows_before, rows_from
 from drafttrain.context.scoring import Looked, Reduction, attention_mass, pooled
 from drafttrain.errors import UserError
 
@@ -54,16 +55,16 @@ class DraftAttention:
         skip: share of the drafter's layers, from the first, that are not looked at.
         weighted: rows of the window are weighted from 0 (the oldest) to 1.
         reduction: over heads and rows; layers are joined by their maximum.
-        pool: width of the smoothing of scores.
-        neighbours: tokens taken around each chosen one, itself included.
+        pool: width of the smoothing of scores; the paper takes 32 or 64, for budgets of a thousand tokens and more.
+        neighbours: tokens taken around each chosen one, itself included; likewise.
     """
 
     window: int = 64
     skip: float = 0.5
     weighted: bool = True
     reduction: Reduction = "max"
-    pool: int = 32
-    neighbours: int = 32
+    pool: int = 16
+    neighbours: int = 8
 
     def score(self, layers: Sequence[Looked], text: int) -> Tensor:
         """See `TokenScorer`."""
@@ -102,10 +103,7 @@ class ChunkAttention:
         """The mean over query rows of the maximum over layers and heads; then each token gets the mean of its chunk."""
         rows = []
         for row in range(len(layers[0].rows)):
-            own = [
-                Looked(each.query[:, row : row + 1], each.key, each.rows[row : row + 1], *list(vars(each).values())[3:])
-                for each in layers
-            ]
+            own = [rows_before(rows_from(each, row), 1) for each in layers]
             heads = [attention_mass(looked, per_head=True)[:, :text] for looked in own]
             rows.append(pooled(torch.cat(heads), self.pool, "mean").amax(0))
         scores = torch.stack(rows).mean(0)

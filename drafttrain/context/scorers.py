@@ -57,13 +57,13 @@ class LookaheadAttention:
 
     Attributes:
         window: W, last prompt tokens that are looked at.
-        reduction: over rows and query heads of a key head.
+        reduction: over rows and query heads of a key head; the paper takes the maximum.
         pool: width of the smoothing.
         pooling: its kind.
     """
 
     window: int = 32
-    reduction: Reduction = "max"
+    reduction: Reduction = "mean"
     pool: int = 7
     pooling: Pooling = "max"
     ahead: bool = True

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.distillation import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ("common", "pair", "shapes")
+SHARED = ("common", "context", "pair", "shapes")
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 FIGURES = {
     "adaptive_length": (
@@ -25,6 +25,11 @@ FIGURES = {
     "distillation": tuple(f"tau_{loss}" for loss in LOSSES),
     "distillation_memory": ("peak_memory_ratio", "time_ratio"),
     "identity": ("identical_fraction_float64", "divergences_float32", "unexplained_float32", "memory_growth_mib"),
+    "kv_dropping": (
+        *("snapkv_gap_closed", "points_from_dense", "prefill_overhead", "kv_memory_ratio", "scoring_bytes_64k"),
+        *("free_tokens_4", "free_tokens_8", "free_tokens_16"),
+    ),
+    "prompt_compression": ("points_over_chunked_25", "ttft_ratio_25"),
     "reference_target": ("code_loss_512",),
     "replay": ("policies_per_second",),
     "speculation": ("speedup_revise", "speedup_code"),
@@ -35,7 +40,7 @@ FIGURES = {
         "identical_fraction",
     ),
 }
-EXACT = ("max_error", "extra_mib_8k")
+EXACT = ("max_error", "extra_mib_8k", "kv_memory_ratio", "scoring_bytes_64k")
 """Figures that are the same every time."""
 
 WITHOUT_SPREAD = ("identity", "reference_target")

@@ -102,10 +102,12 @@ def test_streaming_keeps_sinks_and_the_last_tokens():
     assert keep_top(scores, 10, Protected(4, 0).mask(40)).tolist() == [[0, 1, 2, 3, 34, 35, 36, 37, 38, 39]] * 2
 
 
-def test_the_lookahead_scorer_takes_the_maximum_over_window_and_lookahead():
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+def test_the_lookahead_scorer_looks_from_window_and_lookahead(reduction):
     looked = made(4, 2, 9, 43)  # a window of 6 and 3 tokens ahead of a text of 40
-    expected = weights(looked).reshape(2, -1, 43).amax(1)[:, :34]
-    scores = LookaheadAttention(6, pool=1).score(0, looked, 40, 0)
+    rows = weights(looked).reshape(2, -1, 43)[:, :, :34]
+    expected = rows.amax(1) if reduction == "max" else rows.mean(1)
+    scores = LookaheadAttention(6, reduction, pool=1).score(0, looked, 40, 0)
     assert scores.shape == (2, 40) and (scores[:, :34] - expected).abs().max() < 1e-12
     assert not scores[:, 34:].any()
 
