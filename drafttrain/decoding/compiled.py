@@ -2,8 +2,9 @@
 
 `torch.compile` with frozen, prepacked weights. Widths, key ranges, storage sizes and batches are symbols of a graph, so
 a few graphs serve everything and nothing is compiled again while decoding: one for each combination of single or
-several rows, one or several tokens, rows of equal or of different length, and whether a sliding window binds. A graph
-is made when it is first needed, on arguments of odd sizes that coincide with nothing.
+several rows, one or several tokens, rows of equal or of different length, and whether a sliding window binds; for trees
+one for each of the first three, which is given masks. A graph is made when it is first needed, on arguments of odd
+sizes that coincide with nothing.
 
 Prompts are read by the uncompiled path: there the arithmetic counts.
 """
@@ -32,6 +33,9 @@ STAND_IN_ROWS, STAND_IN_WIDTH, STAND_IN_BOUND, _SLOTS = 3, 5, 37, 256
 """Sizes that a graph is made on: different from each other, from 1, and from any that the model has."""
 
 
+_TREE_ROWS = 2048
+"""Folded query rows of the largest tree that is read by a graph."""
+
 _numbers = itertools.count()
 
 
@@ -44,6 +48,7 @@ class Graph(NamedTuple):
         aligned: all rows write the same slots.
         binds: of every kind of layer, whether its window may hide something.
         last: whether the head reads the last position of each row alone (all rows have equal counts).
+        tree: whether positions and masks are given.
     """
 
     single: bool
@@ -51,6 +56,19 @@ class Graph(NamedTuple):
     aligned: bool
     binds: tuple[bool, ...]
     last: bool
+    tree: bool = False
+
+
+class Given(NamedTuple):
+    """What a graph cannot know of the tokens of a tree.
+
+    Attributes:
+        positions_BQ: int64, their positions.
+        masks: additive, of every kind of layer, [B, 1, G * Q, bound].
+    """
+
+    positions_BQ: Tensor
+    masks: list[Tensor]
 
 
 class CompiledForward:
@@ -70,27 +88,30 @@ class CompiledForward:
         self._windows = dict(engine.windows)
         self.graphs: dict[Graph, Callable[..., tuple[Tensor, Tensor]]] = {}
 
-    def fits(self, cache: DenseCache, keep: str | None) -> bool:
+    def fits(self, cache: DenseCache, keep: str | None, tree: bool = False) -> bool:
         """Whether the open span of a cache can be read by a graph."""
-        short = self._engine.groups * cache.span.width <= FOLD_ROWS
+        short = self._engine.groups * cache.span.width <= (_TREE_ROWS if tree else FOLD_ROWS)
         return keep is not None and short and cache.in_order and cache.layers[-1].is_initialized
 
     @torch.inference_mode()
-    def __call__(self, cache: DenseCache, tokens_BQ: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, cache: DenseCache, tokens_BQ: Tensor, last: bool, given: Given | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Read tokens into the open span of a cache.
 
         Args:
             cache: with an open span that `fits`.
             tokens_BQ: int64 [B, Q].
             last: compute only the last position.
+            given: for the tokens of a tree.
 
         Returns:
             hidden [B, K, H] and logits [B, K, V], K = 1 or Q.
         """
         span = cache.span
         single, narrow = span.rows == 1, span.width == 1
-        binds = tuple(window_binds(cache, window) for window in self._windows.values())
-        kind = Graph(single, narrow, span.start is not None, binds, last and not narrow)
+        binds = () if given else tuple(window_binds(cache, window) for window in self._windows.values())
+        kind = Graph(single, narrow, span.start is not None, binds, last and not narrow, given is not None)
         graph = self.graphs.get(kind)
         if graph is None:
             graph = self.graphs[kind] = self._compile(kind)
@@ -99,7 +120,7 @@ class CompiledForward:
             slots = torch.arange(span.start, span.start + span.width)
         if tokens_BQ.stride() != (span.width, 1):  # of a slice; graphs take strides for sizes
             tokens_BQ = tokens_BQ.clone(memory_format=torch.contiguous_format)
-        return graph(tokens_BQ, slots, span.bound, cache.storages())
+        return graph(tokens_BQ, slots, span.bound, cache.storages(), given)
 
     def _compile(self, kind: Graph) -> Callable[..., tuple[Tensor, Tensor]]:
         """Make a graph and run it once on stand-in arguments.
@@ -110,13 +131,20 @@ class CompiledForward:
         engine = self._engine
         windows = {
             name: window if binds else None
-            for (name, window), binds in zip(self._windows.items(), kind.binds, strict=True)
+            for (name, window), binds in zip(self._windows.items(), kind.binds, strict=not kind.tree)
         }
 
         def forward(
-            tokens_BQ: Tensor, slots: Tensor, bound: int, storages: Sequence[tuple[Tensor, Tensor]]
+            tokens_BQ: Tensor,
+            slots: Tensor,
+            bound: int,
+            storages: Sequence[tuple[Tensor, Tensor]],
+            given: Given | None,
         ) -> tuple[Tensor, Tensor]:
             cache = Cache(layers=[GraphLayer(keys, values, slots, bound) for keys, values in storages])
+            if kind.tree:
+                masks = dict(zip(engine.windows, given.masks, strict=True))
+                return read_block(engine, tokens_BQ, given.positions_BQ, masks, cache, kind.last)
             positions_BQ = slots.unsqueeze(0) if kind.aligned else slots
             masks = {name: _mask(positions_BQ, bound, window, kind, engine) for name, window in windows.items()}
             return read_block(engine, tokens_BQ, positions_BQ, masks, cache, kind.last)
@@ -131,7 +159,7 @@ class CompiledForward:
             raise UserError(f"{name} cannot be compiled here ({reason}); leave evaluate.compile out.") from error
         return graph
 
-    def _stand_ins(self, kind: Graph) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]]]:
+    def _stand_ins(self, kind: Graph) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]], Given | None]:
         engine = self._engine
         rows, width = 1 if kind.single else STAND_IN_ROWS, 1 if kind.narrow else STAND_IN_WIDTH
         cache = engine.new_cache(rows, _SLOTS)
@@ -139,7 +167,12 @@ class CompiledForward:
         slots = torch.arange(STAND_IN_BOUND - width, STAND_IN_BOUND)
         if not kind.aligned:
             slots = slots.repeat(rows, 1)
-        return torch.zeros(rows, width, dtype=torch.int64), slots, STAND_IN_BOUND, cache.storages()
+        given = None
+        if kind.tree:
+            shape = rows, 1, engine.groups * width, STAND_IN_BOUND
+            masks = [torch.zeros(shape, dtype=engine.dtype) for _ in self._windows]
+            given = Given(torch.zeros(rows, width, dtype=torch.int64), masks)
+        return torch.zeros(rows, width, dtype=torch.int64), slots, STAND_IN_BOUND, cache.storages(), given
 
 
 def read_block(

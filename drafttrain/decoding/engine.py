@@ -18,7 +18,7 @@ from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from drafttrain.decoding.compiled import CompiledForward
+from drafttrain.decoding.compiled import CompiledForward, Given
 from drafttrain.decoding.graphs import GraphForward
 from drafttrain.errors import UserError
 from drafttrain.models.logits import LogitShape
@@ -192,17 +192,16 @@ class Engine:
         """
         cache.open(tokens_BQ.shape[1])
         watched = isinstance(cache, RaggedCache) or self.watch is not None
-        if tree is None and self.compiled is not None and not watched and self.compiled.fits(cache, keep):
-            found = self.compiled(cache, tokens_BQ, keep == "last" and counts is None)
+        if self.compiled is not None and not watched and self.compiled.fits(cache, keep, tree is not None):
+            given = () if tree is None else (self._given(cache, tree),)
+            found = self.compiled(cache, tokens_BQ, keep == "last" and counts is None, *given)
             if found is not None:
                 cache.advance(counts)
                 hidden_BKH, logits_BKV = found
                 if keep == "last" and counts is not None:
                     hidden_BKH, logits_BKV = _last_real(hidden_BKH, counts), _last_real(logits_BKV, counts)
                 return Output(logits_BKV, hidden_BKH)
-        positions_BQ = cache.query_positions()
-        if tree is not None:
-            positions_BQ = positions_BQ[:, :1] - tree.before + tree.depth_BT[:, tree.before :]
+        positions_BQ = cache.query_positions() if tree is None else _positions(cache, tree)
         with self._attending(cache, positions_BQ, tree) as mask:
             hidden_BQH = self.body(
                 input_ids=tokens_BQ,
@@ -218,6 +217,11 @@ class Engine:
             hidden_BQH = _last_real(hidden_BQH, counts)
         device = tokens_BQ.device  # the last layers of a model spread over devices lie elsewhere
         return Output(self.logits(hidden_BQH).to(device), hidden_BQH.to(device))
+
+    def _given(self, cache: DenseCache, tree: TreeBlock) -> Given:
+        windows = self.windows.values()
+        masks = [prepare_tree_mask(cache, tree, self.dtype, self.groups, window, False) for window in windows]
+        return Given(_positions(cache, tree), masks)
 
     @contextmanager
     def _attending(
@@ -260,6 +264,11 @@ class Engine:
             pieces = [list(row[start : start + self.chunk]) for row in rows]
             tokens_BQ, counts = pad(pieces, self.device)
             self.forward(cache, tokens_BQ, counts, keep=None)
+
+
+def _positions(cache: DenseCache, tree: TreeBlock) -> Tensor:
+    """Of the nodes in the open span, int64 [B, Q]."""
+    return cache.query_positions()[:, :1] - tree.before + tree.depth_BT[:, tree.before :]
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int] | None]:

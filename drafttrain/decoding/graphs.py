@@ -226,9 +226,9 @@ class GraphForward:
         weakref.finalize(cache, self.pool.give, storage).atexit = False
         return cache
 
-    def fits(self, cache: DenseCache, keep: str | None) -> bool:
-        """Whether the open span of a cache can be read by a graph."""
-        if self.refused or keep is None:
+    def fits(self, cache: DenseCache, keep: str | None, tree: bool = False) -> bool:
+        """Whether the open span of a cache can be read by a graph; trees are read without."""
+        if self.refused or keep is None or tree:
             return False
         short = self._engine.groups * cache.span.width <= FOLD_ROWS
         return short and cache.in_order and cache.layers[-1].is_initialized

@@ -11,7 +11,9 @@ from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.stopping import Confidence
+from drafttrain.decoding.tree_drafter import TreeDrafter
 from drafttrain.ops.sampling import Sampling
+from drafttrain.ops.tree import TreeBlock, below
 from tests.conftest import build_llama
 from tests.decoding.support import pair
 from tests.ops.test_attention import build, own_logits
@@ -113,3 +115,52 @@ def test_families_compile_and_give_their_own_logits(name):
         assert engine.compiled.graphs
         for row, logits in enumerate(torch.cat(found, 1)):
             assert (logits - expected[row][-6:]).abs().max() < 1e-5
+
+
+TREE = torch.tensor([[-1, -1, 0, 0, 1, 4], [-1, 0, 1, -2, -1, 4], [-1, 0, 0, 0, 1, 2]])
+
+
+@torch.inference_mode()
+def read_trees(engine: Engine, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """A tree with its root, and below it another in two levels, as target and drafter read them."""
+    rows = len(prompts)
+    cache = engine.new_cache(rows, 64)
+    engine.read(cache, prompts)
+    starts = list(cache.lengths)
+    whole = engine.forward(cache, tokens(rows, 7), tree=TreeBlock.below_root(TREE[:rows])).logits
+    cache.keep_path(starts, [[0, 2, 5]] * rows)
+    level = below(None, torch.zeros(rows, 3, dtype=torch.int64))
+    first = engine.forward(cache, tokens(rows, 3), tree=level).logits
+    second = engine.forward(cache, tokens(rows, 4), tree=below(level, torch.tensor([[1, 0, 2, 2]] * rows))).logits
+    return [whole, first, second]
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c != "single" else ()) for c in CASES])
+def test_compiled_trees_are_read_as_the_others(engines, case):
+    prompts = CASES[case][0][:3]
+    made = set(engines[0].compiled.graphs)
+    for mine, other in zip(*(read_trees(engine, prompts) for engine in engines), strict=True):
+        assert torch.allclose(mine, other, atol=ROUNDING)
+    assert any(graph.tree for graph in engines[0].compiled.graphs if graph not in made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma2", "gemma3"])
+def test_compiled_trees_of_families_whose_windows_bind(name):
+    prompts = [list(range(1, 20)), list(range(3, 11)), [5, 6, 7]]
+    model = build(name).double()
+    found = [read_trees(Engine(copy.deepcopy(model), compiled=compiled), prompts) for compiled in (True, False)]
+    for mine, other in zip(*found, strict=True):
+        assert torch.allclose(mine, other, atol=ROUNDING)
+
+
+@pytest.mark.slow
+def test_trees_of_all_shapes_are_read_by_one_graph(engines):
+    compiled, _ = engines
+    target = Decoder(compiled, TreeDrafter(compiled, [2, 3]), Sampling(0.0))
+    target.generate([[1, 2, 3]], 12)
+    made = len(compiled.compiled.graphs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for widths in ([4, 8, 8], [3, 5], [2, 2, 2, 2]):
+            Decoder(compiled, TreeDrafter(compiled, widths), Sampling(0.0)).generate([[5, 2, 3, 9]], 25)
+    assert len(compiled.compiled.graphs) == made
