@@ -21,6 +21,7 @@ class Counts:
         reached_at: of those, rounds that emitted every token before it, so that this one was judged; an end token ends
             the judging. accepted_at / reached_at is the conditional acceptance.
         accepted_at: rounds whose token at each place was emitted.
+        trees_of: rounds that drafted a tree of 0, 1, 2, ... tokens; empty where all drafts were chains.
         prefill_seconds: reading the prompt, both models; a row's share of its batch.
         decode_seconds: all rounds; a row's share of its batch.
     """
@@ -35,6 +36,7 @@ class Counts:
     drafted_at: list[int] = field(default_factory=list)
     reached_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
+    trees_of: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -67,7 +69,11 @@ class Counts:
             seconds: the row's share of the round's time.
             depth: tokens of the longest path where they are a tree; None is a chain of all of them.
         """
-        depth = drafted if depth is None else depth
+        if depth is None:
+            depth = drafted
+        elif drafted:
+            self.trees_of.extend([0] * (drafted + 1 - len(self.trees_of)))
+            self.trees_of[drafted] += 1
         self.tokens += emitted
         self.rounds += 1
         self.target_forwards += 1
@@ -102,6 +108,7 @@ class Counts:
             drafted_at=_sum(self.drafted_at, other.drafted_at),
             reached_at=_sum(self.reached_at, other.reached_at),
             accepted_at=_sum(self.accepted_at, other.accepted_at),
+            trees_of=_sum(self.trees_of, other.trees_of),
             prefill_seconds=self.prefill_seconds + other.prefill_seconds,
             decode_seconds=self.decode_seconds + other.decode_seconds,
         )

@@ -101,8 +101,17 @@ def _tau_gain(figures: Figures) -> float:
     return then / now
 
 
-def widths_of(counts: Figures | Counts) -> dict[int, int]:
-    """Target forwards by width: rounds that drafted exactly k tokens are those with a k-th token but no k+1-th."""
+def widths_of(counts: Figures | Counts) -> dict[int, float]:
+    """Target forwards by width.
+
+    Rounds that drafted chains of exactly k tokens are those with a k-th token but no k+1-th. Trees are counted by their
+    tokens; where some rounds drafted trees and others chains, the lengths of all are taken for those of the chains.
+    """
     reach = [counts.rounds, *counts.drafted_at, 0]
     exactly = {place + 1: reach[place] - reach[place + 1] for place in range(len(reach) - 1)}
+    if trees := sum(counts.trees_of):
+        chains = 1 - trees / reach[1]
+        exactly = {width: rounds if width == 1 else chains * rounds for width, rounds in exactly.items()}
+        for tokens, rounds in enumerate(counts.trees_of):
+            exactly[tokens + 1] = exactly.get(tokens + 1, 0) + rounds
     return {width: rounds for width, rounds in exactly.items() if rounds}

@@ -106,8 +106,10 @@ def _add_counts(figures: Figures, samples: Sequence[Sample]) -> None:
             figures.draft_forwards[member] = figures.draft_forwards.get(member, 0) + forwards
         figures.decode_seconds += sample.decode_seconds
         figures.prefill_seconds += sample.prefill_seconds
-    for name in ("drafted_at", "reached_at", "accepted_at"):
-        setattr(figures, name, _add_lists([sample.counts[name] for sample in samples]))
+    for name in ("drafted_at", "reached_at", "accepted_at", "trees_of"):
+        setattr(
+            figures, name, _add_lists([sample.counts.get(name, []) for sample in samples])
+        )  # older files lack trees
 
 
 def _add_lists(lists: Sequence[Sequence[int]]) -> list[int]:

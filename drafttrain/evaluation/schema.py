@@ -62,6 +62,8 @@ class Figures:
     """rounds that drafted position i and had everything before it accepted"""
     accepted_at: list[int] = field(default_factory=list)
     """rounds that accepted position i"""
+    trees_of: list[int] = field(default_factory=list)
+    """rounds that drafted a tree of 0, 1, 2, ... tokens"""
     tau: float | None = None
     acceptance_rate: float | None = None
     acceptance_unconditional: list[float] = field(default_factory=list)

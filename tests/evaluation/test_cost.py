@@ -41,6 +41,19 @@ def test_predicted_speedup_is_tokens_over_the_sum_of_costs():
     assert MODEL.predicted_speedup(counts) == pytest.approx(9 / cost)
 
 
+def test_trees_cost_what_their_tokens_do():
+    counts = Counts()
+    counts.add_round(3, 8, 2, {"drafter": 3}, 0.0, depth=3)
+    counts.add_round(1, 8, 0, {"drafter": 3}, 0.0, depth=3)
+    counts.add_round(2, 2, 1, {"drafter": 1}, 0.0, depth=1)
+    counts.add_round(1, 0, 0, {}, 0.0)
+    assert widths_of(counts) == {1: 1, 3: 1, 9: 2}
+    assert counts.drafted_at == [3, 2, 2] and counts.accepted_at == [2, 1, 0]
+    mixed = counts + rounds((2, 1))
+    assert sum(widths_of(mixed).values()) == mixed.rounds
+    assert MODEL.cost(counts) == pytest.approx(7 * 0.2 + 2 * MODEL.verify(9) + 1.2 + 1.0 + 4 * 0.1)
+
+
 def test_autoregressive_decoding_is_the_unit():
     assert CostModel({}, {1: 1.0}).predicted_speedup(Counts(tokens=7, rounds=7, target_forwards=7)) == 1.0
 
