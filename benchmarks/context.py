@@ -4,10 +4,11 @@ differences in points with paired intervals."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,15 +23,24 @@ TUNED = HELD_OUT + 500_000
 TASKS = (*(kind for kind in KINDS if kind.startswith("recall")), "facts/one_hop")
 """What the reference target can do at these lengths, or nearly; by its own accuracy a group is counted or not."""
 
-DOCUMENTS = {4096: 1, 2048: 11, 8192: 1}
-"""Of each task, by length in tokens."""
 
-QUESTIONS = 8
-"""About each document: its tokens are read once for all of them."""
+LONG_TASKS = ("recall/single/prose", "recall/single/noise", "recall/multi_key/noise")
+"""At 8k, where reading a document takes longest."""
 
-QUICK = {1024: 1}
-QUICK_TASKS = ("recall/single/noise", "recall/multi_key/prose")
-QUICK_QUESTIONS = 2
+
+class Size(NamedTuple):
+    """Documents of each task, and questions about each: its tokens are read once for all of them."""
+
+    documents: int
+    questions: int
+    tasks: tuple[str, ...] = TASKS
+
+
+Plan = Mapping[int, Size]
+"""By length in tokens."""
+
+PLAN = {4096: Size(1, 8), 8192: Size(1, 8, LONG_TASKS), 2048: Size(10, 8)}
+QUICK = {1024: Size(1, 2, ("recall/single/noise", "recall/multi_key/prose"))}
 
 LEAST_DENSE = 0.8
 """A group of prompts (a task at a length) counts if the dense target answers this share of it exactly."""
@@ -51,13 +61,13 @@ class Asked:
         return f"{self.prompt.task}@{self.prompt.length}"
 
 
-def asked(models: Models, quick: bool = False, first_seed: int = HELD_OUT) -> Iterator[Asked]:
-    """Prompts of the plan, the tasks in turn, so that an unfinished run is a fair sample."""
+def asked(models: Models, plan: Plan, first_seed: int = HELD_OUT) -> Iterator[Asked]:
+    """Prompts of a plan, the tasks in turn, so that an unfinished run is a fair sample."""
     tokenizer = models.tokenizer
-    tasks, questions = (QUICK_TASKS, QUICK_QUESTIONS) if quick else (TASKS, QUESTIONS)
-    for length, number in (QUICK if quick else DOCUMENTS).items():
-        for seed in range(first_seed, first_seed + number):
-            for prompt in world_prompts(tokenizer, dict.fromkeys(tasks, 1), length, False, seed, LIMIT, questions):
+    for length, size in plan.items():
+        mixture = dict.fromkeys(size.tasks, 1)
+        for seed in range(first_seed, first_seed + size.documents):
+            for prompt in world_prompts(tokenizer, mixture, length, False, seed, LIMIT, size.questions):
                 answer = tokenizer(prompt.references[0], add_special_tokens=False)["input_ids"]
                 yield Asked(prompt, [*answer, tokenizer.eos_token_id])
 
@@ -83,6 +93,12 @@ def recorded(folder: Path | None, wanted: Iterator[Asked], measure: Callable[[As
                     file.flush()
             rows.append(row)
     return rows
+
+
+def at_hand(folder: Path, wanted: Iterator[Asked]) -> Iterator[Asked]:
+    """Prompts that were measured already."""
+    known = _known(folder)
+    return (each for each in wanted if each.prompt.prompt_id in known)
 
 
 def _known(folder: Path | None) -> dict[str, dict]:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.common import finish  # noqa: E402
-from benchmarks.context import Asked, asked, counted, points, recorded, share, spread  # noqa: E402
+from benchmarks.context import LONG_TASKS, QUICK, Asked, Size, asked, at_hand, counted, points, recorded, share, spread  # noqa: E402
 from benchmarks.kv_dropping import middle  # noqa: E402
 from benchmarks.pair import reference_models  # noqa: E402
 from drafttrain.context.ahead import DraftAhead  # noqa: E402
@@ -51,6 +51,9 @@ PUBLISHED = "draft_attention_published"
 
 LOOKAHEAD = 8
 """Draft steps of the chunked rival, SpecPrefill's most; draft attention looks at the prompt alone, as published."""
+
+PLAN = {4096: Size(1, 8), 8192: Size(1, 8, LONG_TASKS), 2048: Size(4, 8)}
+"""A part of the documents of kv_dropping.py."""
 
 TIMED = 8192
 REPEATS = 5
@@ -125,14 +128,17 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/prompt_compression"), help="folder of the rows")
     parser.add_argument("--dense", type=Path, default=Path("runs/kv_dropping/rows.jsonl"), help="what dense answers")
     parser.add_argument("--quick", action="store_true", help="few short prompts, nothing kept")
+    parser.add_argument("--rows-at-hand", action="store_true", help="measure no further prompts")
     parser.add_argument("--rows-only", action="store_true", help="stop before the timed part")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     options = parser.parse_args()
     models = reference_models()
     target, drafter = models.engines()
     reader = Reader(drafter)
-    wanted = asked(models, options.quick)
+    wanted = asked(models, QUICK if options.quick else PLAN)
     folder = None if options.quick else options.run
+    if options.rows_at_hand:
+        wanted = at_hand(folder, wanted)
     rows = recorded(folder, wanted, lambda each: measure(target, reader, models.ends, each))
     if options.rows_only:
         return

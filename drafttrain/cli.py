@@ -22,7 +22,7 @@ UNLIKE = ("target", "prompts", "sampling", "hardware")
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    parsed = _parse(_evaluate_help, "evaluate", (*_PAIR, "traces", "head", "evaluate"), argv)
+    parsed = _parse(_evaluate_help, "evaluate", (*_PAIR, "traces", "head", "evaluate", "context"), argv)
     from drafttrain.evaluation.command import evaluate
 
     evaluate(parsed)

@@ -30,6 +30,7 @@ from drafttrain.errors import UserError
 from drafttrain.recipe import (
     PATH,
     BlockConfig,
+    ContextConfig,
     CorpusConfig,
     DrafterConfig,
     EvaluateConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "REPOSITORY",
     "SECTIONS",
     "BlockConfig",
+    "ContextConfig",
     "CorpusConfig",
     "DrafterConfig",
     "EvaluateConfig",

@@ -335,6 +335,42 @@ class EvaluateConfig:
 
 
 @dataclass
+class ContextConfig:
+    """Approximate decoding of long prompts: what cutting them down costs in answers and gives in time and memory."""
+
+    lengths: list[int] = field(default_factory=list, metadata={"low": 256})
+    """tokens of the prompts, e.g. [2048, 4096]; naming any (or a path) makes `drafttrain evaluate` this study alone"""
+    path: str | None = field(default=None, metadata=PATH)
+    """JSONL file of prompts in the shape of RULER (input, outputs) or LongBench (context, input, answers)"""
+    kinds: list[str] = field(
+        default_factory=lambda: ["recall/single/prose", "recall/multi_key/prose", "recall/multi_query/noise"]
+    )
+    """tasks of the reference world (drafttrain/evaluation/tasks)"""
+    prompts: int = at_least(1, 8)
+    """prompts of each task and length, or of the file"""
+    answer_prefix: bool = False
+    """give the answer up to its first value, as RULER does"""
+    methods: list[str] = field(default_factory=lambda: ["kv_dropping", "snapkv", "streaming", "prompt_compression"])
+    """of kv_dropping, snapkv, streaming, random (keys are dropped), prompt_compression, chunks, window, both"""
+    budgets: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5], metadata={"low": 0.0, "high": 1.0})
+    """shares of the prompt that are kept"""
+    shape: Literal["uniform", "pyramid"] = "uniform"
+    """of the budget over the layers, where keys are dropped"""
+    positions: Literal["compact", "original"] = "compact"
+    """of a compressed prompt's tokens"""
+    lookahead: int = between(1, 512, 16)
+    """most tokens that the drafter writes before the target reads"""
+    min_confidence: float = between(0.0, 1.0, 0.0)
+    """the lookahead ends with a token that the drafter gives less probability"""
+    settled: float = between(0.0, 1.0, 0.0)
+    """the lookahead ends when a token changed less than this share of what the drafter attends to most; 0 is off"""
+    decoding: str = "Autoregressive()"
+    """expression of what decodes on, e.g. Model(drafter, length=5)"""
+    max_new_tokens: int = at_least(1, 64)
+    """longest answer, where a file does not say it"""
+
+
+@dataclass
 class ExportConfig:
     """What is written for which consumer."""
 
@@ -416,6 +452,7 @@ class Recipe:
     traces: TracesConfig = field(default_factory=TracesConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

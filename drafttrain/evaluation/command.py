@@ -88,6 +88,11 @@ def evaluate(parsed: Parsed) -> None:
 
         plan(parsed)
         return
+    if parsed.recipe.context.lengths or parsed.recipe.context.path:
+        from drafttrain.evaluation.context_study import context_study
+
+        context_study(parsed)
+        return
     if parsed.recipe.evaluate.synthetic_acceptance is not None:
         from drafttrain.evaluation.synthetic_study import synthetic_study
 

@@ -38,6 +38,11 @@ def plan(parsed: Parsed) -> None:
     synthetic_of(recipe.evaluate)
     print(yaml.safe_dump({name: parsed.resolved[name] for name in _SECTIONS}, sort_keys=False).rstrip())
     path = check_pair(parsed, recipe.evaluate.methods or [])
+    if recipe.context.lengths or recipe.context.path:
+        from drafttrain.evaluation.context_study import work as long_work
+
+        print("\n".join(["\n--- what would run ---", *long_work(recipe.context)]))
+        return
     for method in recipe.evaluate.methods or []:
         check_length(method)
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)

@@ -1,0 +1,110 @@
+"""`drafttrain evaluate` on long prompts: real runs, whole and cut down, and a report that says approximate."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from drafttrain.cli import main
+from drafttrain.evaluation.context_study import METHODS
+from tests.conftest import build_llama, build_tokenizer
+from tests.programs.test_evaluate import refused
+
+KINDS = ["recall/single/noise", "recall/multi_key/prose"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    for name, layers in (("target", 2), ("drafter", 1)):
+        build_llama(layers=layers, max_position_embeddings=2048).save_pretrained(folder / name)
+        build_tokenizer().save_pretrained(folder / name)
+    hay = "The sky is wide. " * 60
+    lines = [{"input": f"{hay} The key is {n}. {hay} Which key?", "outputs": [str(n)]} for n in (7, 8)]
+    (folder / "ruler.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+def flags(files, run, *more):
+    pair = ["--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"), "--run", str(run)]
+    small = {"prompts": 1, "max_new_tokens": 5, "lookahead": 3, "budgets": "[0.3, 1.0]", "kinds": json.dumps(KINDS)}
+    settings = [word for name, value in small.items() for word in (f"--context.{name}", str(value))]
+    return [*pair, "--evaluate.dtype", "float32", *settings, *more]
+
+
+@pytest.fixture(scope="module")
+def run(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long") / "run"
+    methods = json.dumps(list(METHODS))
+    decoding = ["--context.decoding", "Model(drafter, length=2)"]
+    main(["evaluate", *flags(files, folder, "--context.lengths", "[700]", "--context.methods", methods, *decoding)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return json.loads((run / "context.json").read_text())
+
+
+def test_every_method_is_run_at_every_budget_beside_the_dense_target(report):
+    rows = {(row["method"], row["budget"]): row for row in report["rows"]}
+    assert set(rows) == {("dense", 1.0), *((name, budget) for name in METHODS for budget in (0.3, 1.0))}
+    for row in rows.values():
+        assert row["prompts"] == 2 and set(row["tasks"]) == set(KINDS) and row["first_token"] > 0
+    dropped = rows["kv_dropping", 0.3]
+    assert dropped["draft_prefill"] > 0 and dropped["scoring"] > 0 and 0 < dropped["recall"] < 1
+    assert rows["prompt_compression", 0.3]["recall"] is None
+
+
+def test_a_budget_of_everything_is_the_dense_answer_and_a_small_one_is_small(report):
+    rows = {(row["method"], row["budget"]): row for row in report["rows"]}
+    dense = rows["dense", 1.0]
+    for name in METHODS:
+        whole = rows[name, 1.0]
+        assert whole["same"] == 1.0 and whole["score"] == dense["score"]
+        assert whole["recall"] in (None, 1.0) and (whole["kl"] or 0) < 1e-6
+        assert rows[name, 0.3]["kv_bytes"] < 0.45 * dense["kv_bytes"]
+
+
+def test_the_report_says_approximate_and_shows_what_was_kept(run, report):
+    page, text = (run / "context.html").read_text(), (run / "context.md").read_text()
+    assert "Approximate" in report["warning"] and report["warning"] in text
+    assert "may differ" in page and "class='kept'" in page and "class='dropped'" in page
+    assert set(report["break_even"]) == {"0.3", "1"}
+    assert {"accuracy", "recall", "mass", "kl", "speed", "memory", "first_token", "break_even"} == set(report["plots"])
+    for path in report["plots"].values():
+        assert (run / path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_of_prompts_is_run(files, tmp_path):
+    more = ("--context.path", str(files / "ruler.jsonl"), "--context.prompts", "2", "--context.methods", '["snapkv"]')
+    main(["evaluate", *flags(files, tmp_path / "run", *more)])
+    rows = json.loads((tmp_path / "run" / "context.json").read_text())["rows"]
+    assert {row["prompts"] for row in rows} == {2} and {row["length"] for row in rows} == {rows[0]["length"]}
+
+
+def test_a_plan_runs_nothing_and_says_what_would_run(files, tmp_path, capsys):
+    main(["evaluate", *flags(files, tmp_path / "run", "--context.lengths", "[700]", "--plan")])
+    told = capsys.readouterr().out
+    assert "approximate" in told and "2 prompts of about 700 tokens" in told
+    assert not (tmp_path / "run" / "context.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--context.methods", '["snap"]'], "context.methods has snap"),
+        (["--context.budgets", "[0.01]"], "a budget of . tokens .* is less than"),
+        (["--context.budgets", "[-0.5]"], "context.budgets"),
+        (["--context.budgets", "[1.5]"], "context.budgets"),
+        (["--context.kinds", '["recall/none"]'], "there is no task kind recall/none"),
+        (["--context.lengths", "[4096]"], "exceeds the pair's context of 2048"),
+        (["--context.path", "none.jsonl"], "does not exist"),
+    ],
+)
+def test_bad_settings_are_refused_in_a_sentence(files, tmp_path, capsys, more, sentence):
+    error = refused(capsys, "evaluate", *flags(files, tmp_path / "run", "--context.lengths", "[700]", *more))
+    assert re.search(sentence, error)
+    assert not (tmp_path / "run" / "context.json").exists()
