@@ -316,6 +316,8 @@ class EvaluateConfig:
     """dtype in which speed is measured; auto takes bfloat16 where the hardware has it"""
     top: int = at_least(1, 2)
     """settings of each kind that are really run after the sweep"""
+    trees: bool = False
+    """find the shape of a tree that should be fastest, by costs and acceptance on tuning prompts, and run it too"""
     min_speedup: float = 1.05
     """lower bound of the speed-up's interval from which the verdict is to deploy"""
     bootstrap: int = at_least(100, 2000)

@@ -31,7 +31,7 @@ from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.load import Load
 from drafttrain.evaluation.load_study import Study
 from drafttrain.evaluation.measure import breakdown
-from drafttrain.evaluation.methods import check_length, family_of, kind_of, longest_of, parameter_of
+from drafttrain.evaluation.methods import check_length, family_of, kind_of, longest_of, parameter_of, widest_of
 from drafttrain.evaluation.names import sampling_name, sampling_of
 from drafttrain.evaluation.pair import Models, load_models
 from drafttrain.evaluation.questions import Limits, Question, different, prompts_hash, questions_of, to_sample
@@ -52,6 +52,7 @@ from drafttrain.evaluation.schema import (
 from drafttrain.evaluation.schema import Sampling as NamedSampling
 from drafttrain.evaluation.sweep import Setting as SweptSetting
 from drafttrain.evaluation.sweep import pick, settings, sweep
+from drafttrain.evaluation.tree_tuning import tuned_tree
 from drafttrain.evaluation.tuning import (
     by_family,
     calibrate,
@@ -193,6 +194,7 @@ class Evaluation:
         tuning = self._questions(self.inputs.tune, sampling)
         points, calibration, tuned_by = self._tune(name, sampling, tuning)
         methods = [AUTOREGRESSIVE, *(self.methods or pick(points, self.config.top))]
+        methods += self._tree(name, sampling, tuning) if self.config.trees else []
         methods = list(dict.fromkeys(methods))
         for point in points:
             point.measured = point.method in methods
@@ -235,6 +237,15 @@ class Evaluation:
         points = sweep(record, swept, self.models, costs, weights, name)
         return points, calibration, "the recipe (evaluate.methods)" if self.methods else traces.origin
 
+    def _tree(self, name: str, sampling: Sampling, tuning: Sequence[Question]) -> list[str]:
+        """The method with the fastest shape of a tree, if there is one that pays."""
+        few = different(tuning, CALIBRATION_QUESTIONS)
+        shape = tuned_tree(self.models, sampling, tuning, few, self.config.batch_size, self.seed).shape
+        widths = list(shape.widths)
+        found = f"{widths}, {shape.tau:.2f} tokens a round, speed-up {shape.speedup:.2f}" if widths else "none pays"
+        say(f"{name}: tree predicted to be fastest: {found}")
+        return [f"Model(drafter, tree={widths})"] if widths else []
+
     def _run(self, measured: _Measured, methods: Sequence[str], sampling: Sampling) -> None:
         """The real runs, then the instrumented ones, which add to what calibration knew of the costs."""
         config, models = self.config, self.models
@@ -251,7 +262,8 @@ class Evaluation:
         groups = batches(measured.questions, config.batch_size)
         spread = groups[:: max(1, len(groups) // SPEED_CHECK_QUESTIONS)][:SPEED_CHECK_QUESTIONS]
         measured.timings = instrument_all(decoders, spread, models.engines())
-        measured.costs = by_family([measured.calibration, measured.timings], config.max_length + 1)
+        widest = max([config.max_length, *map(widest_of, methods)])
+        measured.costs = by_family([measured.calibration, measured.timings], widest + 1)
         decoders.clear()  # their caches are no memory of the next method's
         for method in methods:
             measured.memory[method] = self._peak_bytes(method, sampling, groups[0])

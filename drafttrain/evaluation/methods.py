@@ -74,6 +74,21 @@ def longest_of(method: str) -> int:
     return min((limit for limit in limits if isinstance(limit, int)), default=0)
 
 
+def widest_of(method: str) -> int:
+    """Most tokens that a method's chains or trees give the target to read in a round, as far as its numbers say."""
+    return max(longest_of(method), _tree_tokens(parse_method(method)))
+
+
+def _tree_tokens(value: object) -> int:
+    """Tokens of the largest tree anywhere in an expression."""
+    if isinstance(value, tuple):
+        return max(map(_tree_tokens, value), default=0)
+    if not isinstance(value, Expression):
+        return 0
+    own = [sum(widths) for name, widths in value.arguments if name == "tree"]
+    return max([*own, *(_tree_tokens(inner) for _, inner in value.arguments)], default=0)
+
+
 def _stop(expression: Expression) -> Expression | None:
     """The stopping rule of a `Model`."""
     stop = dict(expression.arguments).get("stop") if expression.name == "Model" else None

@@ -6,7 +6,7 @@ shape = tune_tree(lambda widths: build(f"Model(drafter, tree={list(widths)})", m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,15 @@ import numpy as np
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import Drafter, Setting
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.expression import build
 from drafttrain.decoding.loop import Decoder
 from drafttrain.evaluation.measure import verify_costs
+from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.questions import Question
 from drafttrain.evaluation.runner import Round, answer, batches, instrument_all
 from drafttrain.evaluation.schema import AUTOREGRESSIVE
 from drafttrain.evaluation.tree_shape import Ranks, Shape, TreeCosts, best_shape
+from drafttrain.evaluation.tuning import CALIBRATION_TOKENS
 from drafttrain.ops.sampling import Sampling
 
 WIDEST = (16,) * 6
@@ -56,6 +59,7 @@ def tune_tree(
     batch_size: int = 1,
     seed: int = 0,
     widest: Sequence[int] = WIDEST,
+    timed: Sequence[Question] | None = None,
 ) -> Tuned:
     """The fastest shape on these questions and this machine.
 
@@ -63,27 +67,45 @@ def tune_tree(
         make: makes drafters.
         target: whose text is decoded.
         sampling: of the run.
-        questions: tuning prompts; every one is answered once with each probe and once with the widest tree.
+        questions: tuning prompts, answered with the widest tree.
         eos_ids: end tokens.
         batch_size: answered together.
         seed: of all draws.
         widest: of what is tried.
+        timed: answered with each probe for the costs; by default the same.
     """
 
     def decoder(drafter: Drafter | None) -> Decoder:
         return Decoder(target, drafter, sampling, eos_ids, seed)
 
-    groups = batches(questions, batch_size)
     watched = Places(make(widest), widest)
-    for group in groups:
+    for group in batches(questions, batch_size):
         answer(decoder(watched), group)
     decoders = {AUTOREGRESSIVE: decoder(None)}
     shapes = {str(shape): shape for shape in PROBES if _within(shape, widest)}
     decoders |= {name: decoder(make(shape)) for name, shape in shapes.items()}
-    timings = instrument_all(decoders, groups, [target])
+    timings = instrument_all(decoders, batches(timed or questions, batch_size), [target])
     costs = costs_of({shapes[name]: timings[name].rounds for name in shapes}, timings[AUTOREGRESSIVE].rounds)
     ranks = Ranks(watched.rounds)
     return Tuned(best_shape(ranks, costs, widest), ranks, costs)
+
+
+def tuned_tree(
+    models: Models,
+    sampling: Sampling,
+    questions: Sequence[Question],
+    timed: Sequence[Question],
+    batch_size: int,
+    seed: int,
+) -> Tuned:
+    """`tune_tree` for a pair; the questions that are timed are answered as far as those of a calibration."""
+    target, members = models.engines()[0], models.members()
+
+    def make(widths: Sequence[int]) -> Drafter:
+        return build(f"Model(drafter, tree={list(widths)})", members)
+
+    short = [replace(each, limit=min(each.limit, CALIBRATION_TOKENS)) for each in timed]
+    return tune_tree(make, target, sampling, questions, models.ends, batch_size, seed, timed=short)
 
 
 class Places:

@@ -33,8 +33,9 @@ FOLDED = "drafttrain-folded"
 # Up to this many folded rows the mask is tiled and the heads folded; above (prefill) the kernel shares the mask.
 FOLD_ROWS = 256
 
-# From this many slots a tree attends in two parts; below, the mask costs less than merging them.
-HYBRID_SLOTS = 1024
+# From this many slots on a tree attends in two parts, which by then take no longer than a dense mask and need no
+# memory that grows with the context.
+HYBRID_SLOTS = 2048
 
 # Two masks that need no mask: empty 4-D tensors, which every model passes on to its layers untouched.
 SEE_ALL = (1, 1, 1, 0)

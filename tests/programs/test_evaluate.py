@@ -412,3 +412,19 @@ def test_the_command_is_installed_under_its_name(files, tmp_path):
         command, cwd=tmp_path, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True
     )
     assert done.returncode == 0 and "what would run" in done.stdout
+
+
+def test_the_fastest_tree_is_found_and_measured(files, tmp_path, capsys):
+    """And with it a given one, whose target forwards are counted by their tokens."""
+    given = "Model(drafter, tree=[3, 2])"
+    more = ["--evaluate.trees", "true", "--evaluate.methods", f'["{given}"]']
+    main(["evaluate", *flags(files, tmp_path / "run", *more)])
+    report = read_report(tmp_path / "run")
+    row = next(row for row in report.methods if row.method == given)
+    assert row.kind == "other" and row.predicted_speedup and row.lossless
+    assert (
+        sum(row.overall.trees_of) and max(range(len(row.overall.trees_of)), key=row.overall.trees_of.__getitem__) == 5
+    )
+    assert len(row.costs.v) >= 6
+    told = capsys.readouterr()
+    assert "tree predicted to be fastest" in told.out + told.err
