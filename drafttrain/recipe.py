@@ -291,6 +291,8 @@ class EvaluateConfig:
     methods: list[str] | None = None
     """expressions to run, e.g. "Model(drafter, length=5)"; by default the best of each kind found by replay; a class of
     your own by its dotted name, e.g. "my_package.MyDrafter(drafter, k=3)", with --allow-code"""
+    members: dict[str, str] = field(default_factory=dict)
+    """more models that methods name, as paths by name, e.g. {"small": "runs/small/drafter"} for a cascade"""
     max_length: int = between(1, 64, 12)
     """fixed lengths 1..max_length are swept"""
     thresholds: list[float] = field(

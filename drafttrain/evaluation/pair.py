@@ -23,6 +23,7 @@ from drafttrain.evaluation.environment import fast_dtype, free_bytes
 from drafttrain.evaluation.methods import kind_of
 from drafttrain.evaluation.schema import Pair
 from drafttrain.models.acceptance_head import AcceptanceHead
+from drafttrain.models.bigrams import BigramTable
 from drafttrain.models.checkpoint import INFO, read_info
 from drafttrain.models.loading import (
     DTYPES,
@@ -39,6 +40,7 @@ from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder
 
 HEAD_KIND = "acceptance_head"
+BIGRAMS = "bigrams"
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Models:
         compiled: whether both models run as compiled graphs in that dtype.
         allow_code: whether methods may name classes from outside.
         synthetic: decides what is accepted of drafts, where speed alone is measured; answers then end at their limits.
+        bigrams: the table of Max-Gram drafters, which expressions call "bigrams"; None where there is none.
+        others: more models for expressions, by name.
     """
 
     target: Loaded
@@ -65,7 +69,9 @@ class Models:
     compiled: bool = False
     allow_code: bool = False
     synthetic: SyntheticAcceptance | None = None
-    _engines: dict[str, tuple[Engine, Engine]] = field(default_factory=dict)
+    bigrams: BigramTable | None = None
+    others: dict[str, Loaded] = field(default_factory=dict)
+    _engines: dict[str, tuple[Engine, ...]] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Any:
@@ -93,9 +99,13 @@ class Models:
         Raises:
             UserError: there is no memory for the copies, or the models are quantized or partly offloaded.
         """
+        return self._all_engines(dtype)[:2]
+
+    def _all_engines(self, dtype: str | None) -> tuple[Engine, ...]:
+        """Of target, drafter and the others in their order."""
         dtype = dtype or self.dtype
         if dtype not in self._engines:
-            models = [loaded.model for loaded in (self.target, self.drafter)]
+            models = [loaded.model for loaded in (self.target, self.drafter, *self.others.values())]
             if dtype != self.dtype:
                 models = [_in_dtype(model, dtype, self.device) for model in models]
             compiled = self.compiled and dtype == self.dtype
@@ -115,7 +125,9 @@ class Models:
 
     def members(self, dtype: str | None = None) -> dict[str, Any]:
         """What the names in a method expression stand for."""
-        return {"drafter": self.engines(dtype)[1], **self.heads}
+        _, drafter, *others = self._all_engines(dtype)
+        tables = {} if self.bigrams is None else {BIGRAMS: self.bigrams}
+        return {"drafter": drafter, **dict(zip(self.others, others, strict=True)), **tables, **self.heads}
 
     def decoder(self, method: str, sampling: Sampling, seed: int, dtype: str | None = None) -> Decoder:
         """A decoder for a method.
@@ -175,9 +187,12 @@ def load_models(parsed: Parsed) -> Models:
     checks = {"target": target.fingerprint, "drafter": drafter.fingerprint}
     checks |= {"accept_new_target": parsed.accept_new_target, "device": drafter.model.device}
     heads = {name: AcceptanceHead.load(run.path / name, **checks) for name in head_names(run)}
+    others = {name: load_other(name, path, heads, target, dtype) for name, path in recipe.evaluate.members.items()}
+    bigrams = BigramTable.load(run.bigrams, target.fingerprint.tokenizer) if run.bigrams.exists() else None
     ends = end_tokens(target.tokenizer, getattr(target.model, "generation_config", None))
     stops = StopStrings(target.tokenizer, recipe.responses.stop) if recipe.responses.stop else None
-    return Models(target, drafter, heads, ends, dtype, stops, recipe.evaluate.compile, parsed.allow_code, synthetic)
+    settings = {"compiled": recipe.evaluate.compile, "allow_code": parsed.allow_code, "synthetic": synthetic}
+    return Models(target, drafter, heads, ends, dtype, stops, bigrams=bigrams, others=others, **settings)
 
 
 def synthetic_of(config: EvaluateConfig) -> SyntheticAcceptance | None:
@@ -196,6 +211,19 @@ def synthetic_of(config: EvaluateConfig) -> SyntheticAcceptance | None:
     if config.methods is not None and all(kind_of(method) == "autoregressive" for method in config.methods):
         raise UserError("evaluate.synthetic_acceptance needs a method that drafts; add one to evaluate.methods.")
     return SyntheticAcceptance(config.synthetic_acceptance)
+
+
+def load_other(name: str, path: str, heads: dict[str, AcceptanceHead], target: Loaded, dtype: str) -> Loaded:
+    """A further model of a method.
+
+    Raises:
+        UserError: its name is taken or none, there is no such model, or its tokenizer is another.
+    """
+    if name in ("drafter", BIGRAMS, *heads) or not name.isidentifier():
+        raise UserError(f"evaluate.members calls a model {name!r}, which is taken or no name; call it otherwise.")
+    other = load_drafter(path, dtype, target.trust_remote_code)
+    check_same_tokenizer(target.tokenizer, other.tokenizer, path)
+    return other
 
 
 def head_names(run: RunFolder) -> list[str]:
