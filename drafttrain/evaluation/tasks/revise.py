@@ -64,13 +64,32 @@ def _before_and_after(change: str, unit: str, old: str, new: str) -> tuple[list[
     return ([unit], [re.sub(rf"\b{old}\b", new, unit)]) if change == "replace" else ([], [unit])
 
 
-def _units(form: str, rng: random.Random, room: Room, nouns: list[str]) -> list[str]:
-    """Units that do not mention the word at stake, as many as fit twice; at least one."""
+def make_again(rng: random.Random, room: Room, questions: int) -> tuple[Turn, ...]:
+    """One passage and `questions` changes, a turn each; every turn quotes the passage as it then stands."""
+    form = rng.choice(tuple(_FORMS))
+    new, *nouns = rng.sample(NOUNS, len(NOUNS))
+    changes = [rng.choice(("replace", "append", "prepend")) for _ in range(questions)]
+    room.left -= 40 * questions  # what the instructions take, about
+    passage = _units(form, rng, room, nouns, times=2 * questions)
+    turns = []
+    for change in changes:
+        at = {"append": len(passage), "prepend": 0}.get(change, rng.randrange(len(passage)))
+        before = [passage[at]] if change == "replace" else []
+        after = [_FORMS[form](rng, nouns, new)]
+        asked = instruction(change, _UNIT_NAME[form], before, after)
+        changed = [*passage[:at], *after, *passage[at + len(before) :]]
+        turns.append(Turn(f"{asked}\n\n{_join(form, passage)}", _join(form, changed)))
+        passage = changed
+    return tuple(turns)
+
+
+def _units(form: str, rng: random.Random, room: Room, nouns: list[str], times: int = 2) -> list[str]:
+    """Units that do not mention the word at stake, as many as fit that many times; at least one."""
     units: list[str] = []
     end = "" if form == "prose" else "\n"
     while True:
         unit = _FORMS[form](rng, nouns, rng.choice(nouns))
-        if not room.put(unit + end, times=2) and units:
+        if not room.put(unit + end, times) and units:
             return units
         units.append(unit)
 
@@ -84,3 +103,6 @@ def instruction(change: str, unit: str, before: list[str], after: list[str]) -> 
 
 
 KINDS = tuple(Kind(f"revise/{change}", 60, partial(make, change)) for change in ("replace", "append", "prepend"))
+
+AGAIN = Kind("revise/again", 100, make_again)
+"""Several changes in turn: in no mixture of the reference world, for what copies must choose among versions."""
