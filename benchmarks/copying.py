@@ -11,7 +11,7 @@ look-up over its own decoding. Only right answers count where a right answer is 
 `gain_over_speculation_revise` is copying with the drafter over the tuned drafter alone on the second turn of *revise*,
 less one; `speedup_revise`, `speedup_self_correct_turn3` are of copying alone over autoregressive decoding;
 `no_redundancy_ratio` is the same on code sampled at T = 1; `sampled_acceptance_error` is the share of judged copied
-tokens that the target accepted at T = 1, less the mean of its p(x) over them, `_sigma` in standard errors;
+tokens that the target accepted at T = 1, less the mean of its p(x) over them;
 `policy_gain` is the best policy over the published one on answers that revise answers, less one. `_low` and `_high` end
 95 % intervals. `prompt_lookup_revise` is transformers' prompt look-up over its own greedy decoding.
 """
@@ -180,7 +180,8 @@ def _sampled(
     figures |= {
         "sampled_acceptance": accepted / judged,
         "sampled_acceptance_error": (accepted - expected) / judged,
-        "sampled_acceptance_error_sigma": (accepted - expected) / max(sigma, 1e-9),
+        "sampled_acceptance_error_low": (accepted - expected - 1.96 * sigma) / judged,
+        "sampled_acceptance_error_high": (accepted - expected + 1.96 * sigma) / judged,
         "sampled_judged_tokens": judged,
         "sampled_copied": copied / tokens,
     }

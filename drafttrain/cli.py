@@ -28,6 +28,13 @@ def _evaluate(argv: Sequence[str]) -> None:
     evaluate(parsed)
 
 
+def _tune(argv: Sequence[str]) -> None:
+    parsed = _parse(_tune_help, "tune", (*_PAIR, "evaluate"), argv)
+    from drafttrain.evaluation.tune import tune
+
+    tune(parsed)
+
+
 def _lossless(argv: Sequence[str]) -> None:
     aliases = {"--method": "--evaluate.methods+", "--answers": "--evaluate.answers"}
     sections = (*_PAIR, "head", "evaluate")
@@ -72,6 +79,7 @@ def _compare(argv: Sequence[str]) -> None:
 
 
 _evaluate_help = "Sweep lengths and thresholds by replay, really run the best, check the output, write the report."
+_tune_help = "Find the fastest method for a pair: count hundreds by a cost model, run the best, write a recipe."
 _lossless_help = "Check that every method emits what the target would: tokens in float64, distributions by chi-square."
 _compare_help = "Pair two reports by prompt and bootstrap the differences."
 _export_help = "Write the trained drafter for another decoder, reload and compare it before saying so."
@@ -79,6 +87,7 @@ _pretrain_help = "Train a target from scratch on the reference corpus."
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "evaluate": (_evaluate, _evaluate_help),
+    "tune": (_tune, _tune_help),
     "lossless": (_lossless, _lossless_help),
     "compare": (_compare, _compare_help),
     "export": (_export, _export_help),

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,14 @@ def build(method: Expression | str, members: Mapping[str, Any], allow_code: bool
 # ---- constructors ----
 
 
+class StandIn(ABC):
+    """What may be a member in place of a model, in a method that is counted and not decoded with."""
+
+    @abstractmethod
+    def drafter(self, length: int | None, stop: StoppingRule | None, name: str) -> Drafter:
+        """What proposes in its place."""
+
+
 @dataclass(frozen=True)
 class _Named:
     """A member with the name it was asked for by, which becomes its label."""
@@ -201,8 +210,12 @@ def _model(
 ) -> Drafter:
     if isinstance(drafter, _Named) and isinstance(drafter.value, LongSpecDrafter):
         raise UserError(f"{drafter.name} is a LongSpec drafter; write LongSpec({drafter.name}, ...) instead of Model")
-    _require(drafter, lambda value: isinstance(value, Engine), "a model")
+    _require(drafter, lambda value: isinstance(value, Engine | StandIn), "a model")
     _check_draft("Model", drafter.name, length, stop, check_every, tree)
+    if isinstance(drafter.value, StandIn):
+        if tree is not None:
+            raise UserError("trees are not counted on recorded answers; tune their lengths as chains")
+        return drafter.value.drafter(length, stop, drafter.name)
     if tree is not None:
         return TreeDrafter(drafter.value, tree, stop, drafter.name, drawn)
     return ModelDrafter(drafter.value, length, stop, drafter.name, check_every)
@@ -260,9 +273,11 @@ def _then(*parts: tuple[Drafter, int]) -> Drafter:
 
 
 def _reviewed(model: _Named, inner: Drafter, lenience: float = 1.0) -> Drafter:
-    _require(model, lambda value: isinstance(value, Engine), "a model")
+    _require(model, lambda value: isinstance(value, Engine | StandIn), "a model")
     _check_drafters("Reviewed", f"Reviewed({model.name}, inner=MaxGram())", [inner])
     _check_numbers("Reviewed", lenience=lenience)
+    if isinstance(model.value, StandIn):
+        return Reviewed(model.value.drafter(1, None, model.name), inner, lenience)
     return Reviewed(ModelDrafter(model.value, 1, name=model.name), inner, lenience)
 
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.distillation import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ("common", "context", "pair", "shapes")
+SHARED = ("common", "context", "pair", "redundant", "shapes")
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 FIGURES = {
     "adaptive_length": (
@@ -18,6 +18,11 @@ FIGURES = {
         *("speedup_best_fixed", "speedup_head", "speedup_published", "speedup_oracle"),
     ),
     "batching": ("throughput_ratio", "identical_fraction"),
+    "cascade": ("gain_over_best_speculation", "gain_over_copy_and_drafter"),
+    "copying": (
+        *("gain_over_speculation_revise", "speedup_revise", "speedup_self_correct_turn3", "no_redundancy_ratio"),
+        *("sampled_acceptance_error", "policy_gain"),
+    ),
     "decode_gpu": (
         *("roofline_share_1k", "roofline_share_8k", "roofline_share_32k", "overhead_o", "speedup_k5", "speedup_k5_b16"),
         *(f"v_{width}" for width in range(2, 17)),

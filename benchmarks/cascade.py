@@ -1,0 +1,143 @@
+"""The cascade that `drafttrain tune` finds, beside the best single drafter and the best copy with a drafter.
+
+    python benchmarks/cascade.py --output benchmarks/results/cascade.json
+    python benchmarks/cascade.py --quick     few questions, under a minute
+
+All methods are tuned by one search on questions of their own (drafttrain/evaluation/tune.py: counted by the cost model,
+the best few run) and measured on others, interleaved, greedy, on *revise*, its second turn, *self-correct*, *recall*
+and *facts*. `gain_over_best_speculation` and `gain_over_copy_and_drafter` are ratios of tokens per second, less one, of
+the best method with a review or a horizontal cascade in it; `tuned_gain_over_best_speculation` and `tuned_worst_task`
+are of the method that the search chose, whatever it is. `prediction_error` is the median of |predicted / measured - 1|
+of the methods that the search ran, `_max` the largest. SWI, the standardized walltime improvement, charges every
+forward with its model's parameters (`swi_gain`) or measured cost at width 1 (`swi_gain_measured`) and nothing else.
+`index_microseconds` is what the index costs a token at a context of 32k, reading and looking up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import redundant as world  # noqa: E402
+from benchmarks.common import finish  # noqa: E402
+from benchmarks.pair import GREEDY, reference_models  # noqa: E402
+from data_prep.corpus import held_out_modules, train_modules  # noqa: E402
+from drafttrain.decoding.copy_index import CopyIndex  # noqa: E402
+from drafttrain.decoding.suffixes import Suffixes  # noqa: E402
+from drafttrain.evaluation.pair import Models  # noqa: E402
+from drafttrain.evaluation.tune import Tuned, Tuner  # noqa: E402
+
+BASE = "Autoregressive()"
+OTHERS = {"recall": 512, "facts": 512}
+CONTEXT = 32768
+
+
+def main() -> None:
+    """Search, measure and print the figures."""
+    options = _options()
+    models = reference_models()
+    parts = world.redundant(models, options.questions, options.tuning)
+    others = world.plain(models, OTHERS, options.questions, options.tuning)
+    found = Tuner(models, GREEDY, [*parts.tune, *others.tune], repeats=options.repeats).run()
+    speculation, both, cascade = (each.method for each in (found.best_speculation, found.best_pair, found.best_cascade))
+    methods = list(dict.fromkeys([BASE, speculation, both, cascade, found.chosen.method]))
+    runs = world.run(models, methods, [*parts.test, *others.test], GREEDY, options.repeats)
+    figures: dict[str, float] = {}
+    named = {
+        "gain_over_best_speculation": (cascade, speculation),
+        "gain_over_copy_and_drafter": (cascade, both),
+        "tuned_gain_over_best_speculation": (found.chosen.method, speculation),
+        "speedup": (found.chosen.method, BASE),
+    }
+    for name, (method, base) in named.items():
+        ratio, less = world.ratio(runs, method, base), 0 if base == BASE else 1
+        figures |= {name: ratio.value - less, f"{name}_low": ratio.low - less, f"{name}_high": ratio.high - less}
+    tasks = list(dict.fromkeys(each.question.task for each in runs[BASE]))
+    figures["worst_task"] = min(world.ratio(runs, cascade, speculation, task).value - 1 for task in tasks)
+    figures["tuned_worst_task"] = min(
+        world.ratio(runs, found.chosen.method, speculation, task).value - 1 for task in tasks
+    )
+    figures |= _swi(models, found, runs, cascade, speculation)
+    errors = [abs(each.error) for each in found.confirmed]
+    figures |= {"prediction_error": statistics.median(errors), "prediction_error_max": max(errors)}
+    figures["prediction_error_chosen"] = abs(found.chosen.error)
+    figures |= index_microseconds(models, 8192 if options.quick else CONTEXT)
+    tried = [vars(each) for each in [*found.confirmed, *found.tried[:30]]]
+    costs = {"target": found.costs.target, "models": found.costs.models, "round": found.costs.round}
+    chosen = {"chosen": found.chosen.method, "speculation": speculation, "both": both, "cascade": cascade}
+    kept = {**chosen, "dropped": found.dropped, "tried": tried, "costs": costs, "runs": world.rows(runs, BASE)}
+    finish("cascade", figures, kept, options.output)
+
+
+def _swi(models: Models, found: Tuned, runs: world.Runs, cascade: str, speculation: str) -> dict[str, float]:
+    """The standardized walltime improvement of the cascade over the best single drafter, less one."""
+    sizes = [sum(weight.numel() for weight in each.model.parameters()) for each in (models.target, models.drafter)]
+    by_size = {"drafter": sizes[1] / sizes[0]}
+    measured = {name: costs[1] / found.costs.target[1] for name, costs in found.costs.models.items()}
+    gains = {}
+    for name, costs in (("swi_gain", by_size), ("swi_gain_measured", measured)):
+        own, base = (_standardized(runs, method, costs) for method in (cascade, speculation))
+        gains[name] = own / base - 1
+    return gains
+
+
+def _standardized(runs: world.Runs, method: str, costs: Mapping[str, float]) -> float:
+    total = sum(each.counts for each in runs[method] if each.counted)
+    draft = sum(count * costs[name] for name, count in total.draft_forwards.items())
+    return total.tokens / (total.target_forwards + draft)
+
+
+def index_microseconds(models: Models, context: int) -> dict[str, float]:
+    """Microseconds a token to keep the indices of library code up, looked at after every token; the best of three."""
+    text = "".join(module.text for module in [*held_out_modules(), *train_modules()[:40]])
+    ids = models.tokenizer(text[: 12 * context], add_special_tokens=False)["input_ids"][:context]
+
+    def copying(source: str) -> float:
+        index = CopyIndex(3, source, follow=True, backoff=0, cooldown=0)
+        started = time.perf_counter()
+        for token in ids:
+            index.extend((token,))
+            if index.place is not None:
+                index.matched(index.place, 40)
+        return time.perf_counter() - started
+
+    def matching() -> float:
+        suffixes = Suffixes()
+        started = time.perf_counter()
+        for token in ids:
+            suffixes.extend((token,))
+            suffixes.match()
+        return time.perf_counter() - started
+
+    gc.collect()
+    seconds = {
+        "index_microseconds": min(copying("longest") for _ in range(3)),
+        "index_microseconds_earliest": min(copying("earliest") for _ in range(3)),
+        "index_microseconds_max_gram": min(matching() for _ in range(3)),
+    }
+    return {name: 1e6 * value / len(ids) for name, value in seconds.items()}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=16, help="questions of each task that are measured")
+    parser.add_argument("--tuning", type=int, default=6, help="and that is searched on")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--quick", action="store_true", help="few questions, one repetition")
+    parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
+    options = parser.parse_args()
+    if options.quick:
+        options.questions, options.tuning, options.repeats = 2, 1, 1
+    return options
+
+
+if __name__ == "__main__":
+    main()

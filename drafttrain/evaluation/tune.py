@@ -1,0 +1,312 @@
+"""`drafttrain tune`: find the method that is fastest for a pair of models, on this machine and these prompts.
+
+    drafttrain tune --config recipes/reference/pair.yaml --run runs/pair
+
+The target answers the tuning prompts once. What every model would have proposed along the answers is looked up, the
+cost of a forward of every model is measured by width, and hundreds of methods are counted without running a model:
+lengths, thresholds, copying by every policy, cascades of every order and their numbers. The best few are then run.
+RUN/tune.json keeps predicted and measured speed-ups, RUN/tune.md says it in words, RUN/tuned.yaml is the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import yaml
+
+from drafttrain.config import Parsed
+from drafttrain.decoding.counts import Completion
+from drafttrain.decoding.expression import parse_method
+from drafttrain.dialogue import answer_text
+from drafttrain.distributed import say
+from drafttrain.errors import UserError
+from drafttrain.evaluation.candidates import combinations, copies, singles
+from drafttrain.evaluation.figures import RIGHT_ONLY, loops
+from drafttrain.evaluation.forward_costs import ForwardCosts, fitted, forward_seconds
+from drafttrain.evaluation.inputs import inputs_of
+from drafttrain.evaluation.names import sampling_name, sampling_of
+from drafttrain.evaluation.pair import BIGRAMS, Models, load_models
+from drafttrain.evaluation.questions import Limits, Question, is_right, questions_of
+from drafttrain.evaluation.runner import answer, interleave
+from drafttrain.evaluation.schema import AUTOREGRESSIVE
+from drafttrain.evaluation.sketch import Answer, Sketch, count, look_up
+from drafttrain.ops.sampling import Sampling
+from drafttrain.run_folder import RunFolder, write_atomically
+
+ANCHORS = (
+    "Model({0}, length=2)",
+    "Model({0}, length=8)",
+    "FirstOf(Copy(), Model({0}, length=4))",
+    "Reviewed({0}, inner=Copy())",
+)
+"""Methods that are run to find what a round costs beside its forwards."""
+
+CONFIRMED = 4
+"""Methods that are run in the end, beside the best of a single drafter and the best of a copy and a drafter."""
+
+
+@dataclass
+class Tried:
+    """A method, what was predicted of it and, where it was run, what was measured: over all tasks and by task."""
+
+    method: str
+    predicted: float
+    predicted_by_task: dict[str, float] = field(default_factory=dict)
+    measured: float | None = None
+    measured_by_task: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float | None:
+        """predicted / measured - 1."""
+        return None if self.measured is None else self.predicted / self.measured - 1
+
+
+@dataclass
+class Tuned:
+    """What was found.
+
+    Attributes:
+        chosen: the fastest as measured.
+        best_speculation: the fastest method of a single drafting model.
+        best_pair: the fastest of a copy before such.
+        best_cascade: the fastest in which a model reviews or several draft one behind another.
+        tried: all that was counted, the best first.
+        dropped: members that the chosen method does without.
+        costs: of forwards, by which was counted.
+    """
+
+    chosen: Tried
+    best_speculation: Tried
+    best_pair: Tried
+    best_cascade: Tried
+    tried: list[Tried]
+    dropped: list[str]
+    costs: ForwardCosts
+
+    @property
+    def confirmed(self) -> list[Tried]:
+        """Those that were really run."""
+        return [each for each in self.tried if each.measured is not None]
+
+
+class Tuner:
+    """A search in progress.
+
+    Args:
+        models: of the pair.
+        sampling: how is decoded.
+        questions: tuning prompts.
+        seed: of all draws.
+        repeats: of every real run.
+    """
+
+    def __init__(
+        self, models: Models, sampling: Sampling, questions: Sequence[Question], seed: int = 0, repeats: int = 2
+    ) -> None:
+        self.models, self.sampling, self.seed, self.repeats = models, sampling, seed, repeats
+        self.target = models.engines()[0]
+        members = models.members()
+        self.members = ["drafter", *models.others]
+        self.engines = {name: members[name] for name in self.members}
+        self.tables = {BIGRAMS: members[BIGRAMS]} if BIGRAMS in members else {}
+        self.questions, completions = self._usable(questions)
+        self.answers = [
+            look_up(self.engines, self.target, each.ids, done.token_ids, sampling, each.task, each.sample_id)
+            for each, done in zip(self.questions, completions, strict=True)
+        ]
+        self.costs = self._costs()
+
+    def run(self) -> Tuned:
+        """Count, rank, confirm."""
+        single = [method for member in self.members for method in singles(member)]
+        ranked = self._ranked([*single, *copies(bool(self.tables))])
+        say(f"tune: {len(ranked)} single drafters and copies counted")
+        of_models = [each for each in ranked if each.method in single]
+        tops = [each.method for each in of_models[:3]]
+        tops += [next(each.method for each in of_models if f"({name}," in each.method) for name in self.members]
+        short = [f"Model({name}, length=4)" for name in self.members]
+        bottoms = [each.method for each in ranked if each.method not in single][:3]
+        more = combinations(self.members, list(dict.fromkeys([*tops, *short])), bottoms)
+        ranked = sorted([*ranked, *self._ranked(more)], key=lambda each: -each.predicted)
+        say(f"tune: {len(ranked)} methods counted, the best is {ranked[0].method}")
+        pairs = [each for each in ranked if each.method.startswith("FirstOf(") and _flat(each.method)]
+        cascades = [each for each in ranked if cascaded(each.method)]
+        wanted = [*ranked[:CONFIRMED], *of_models[:2], *pairs[:2], *cascades[:2]]
+        chosen = list(dict.fromkeys(each.method for each in wanted))
+        self._confirm([next(each for each in ranked if each.method == method) for method in chosen])
+        measured = [each for each in ranked if each.measured is not None]
+        best = _fastest(measured)
+        used = parse_method(best.method).members | ({"copying"} if _copies(best.method) else set())
+        return Tuned(
+            best,
+            _fastest(of_models),
+            _fastest(pairs),
+            _fastest(cascades),
+            ranked,
+            [name for name in [*self.members, *self.tables, "copying"] if name not in used],
+            self.costs,
+        )
+
+    # ---- counting ----
+
+    def _ranked(self, methods: Sequence[str]) -> list[Tried]:
+        return sorted(map(self.counted, methods), key=lambda each: -each.predicted)
+
+    def _counts(self, method: str) -> list[Sketch]:
+        return count(method, self.answers, self.models.vocabulary, self.models.ends, self.tables)
+
+    def counted(self, method: str) -> Tried:
+        """What the cost model says of a method on the recorded answers."""
+        sketches = self._counts(method)
+        tasks = list(dict.fromkeys(each.task for each in self.answers))
+        by_task = {task: self.costs.predicted(_sum(self.answers, sketches, task)) for task in tasks}
+        return Tried(method, self.costs.predicted(_sum(self.answers, sketches)), by_task)
+
+    # ---- real runs ----
+
+    def _usable(self, questions: Sequence[Question]) -> tuple[list[Question], list[Completion]]:
+        """Questions whose answers may stand in a figure: no loops, and right where that is asked for."""
+        decoder = self.models.decoder(AUTOREGRESSIVE, self.sampling, self.seed)
+        kept = []
+        for question in questions:
+            [done] = answer(decoder, [question])
+            right = is_right(question.reference, answer_text(self.models.tokenizer, done.token_ids))
+            if not loops(done.token_ids, right) and not (question.task in RIGHT_ONLY and right is False):
+                kept.append((question, done))
+        if not kept:
+            raise UserError("no answer to the tuning prompts is left to tune on: all of them loop or are wrong.")
+        return [question for question, _ in kept], [done for _, done in kept]
+
+    def _costs(self) -> ForwardCosts:
+        """Of forwards, then of what is beside them."""
+        context = statistics.mean(len(each.prompt) + len(each.tokens) / 2 for each in self.answers)
+        anchors = [form.format(name) for name in self.members for form in ANCHORS]
+        runs = self._real([AUTOREGRESSIVE, *anchors])
+        step = sum(runs[AUTOREGRESSIVE]) / sum(len(each.tokens) for each in self.answers)
+        seconds = forward_seconds({"": self.target, **self.engines}, int(context))
+        steps = {name: {width: each / step for width, each in own.items()} for name, own in seconds.items()}
+        costs = ForwardCosts(steps.pop(""), steps, 0.0, step)
+        units = [own / len(each.tokens) for own, each in zip(runs[AUTOREGRESSIVE], self.answers, strict=True)]
+        return fitted(
+            costs,
+            [
+                (sketch, seconds / unit)
+                for method in anchors
+                for sketch, seconds, unit in zip(self._counts(method), runs[method], units, strict=True)
+            ],
+        )
+
+    def _confirm(self, chosen: Sequence[Tried]) -> None:
+        runs = self._real([AUTOREGRESSIVE, *(each.method for each in chosen)])
+        for each in chosen:
+            each.measured = sum(runs[AUTOREGRESSIVE]) / sum(runs[each.method])
+            for task in each.predicted_by_task:
+                own, base = (
+                    sum(value for value, one in zip(runs[name], self.answers, strict=True) if one.task == task)
+                    for name in (each.method, AUTOREGRESSIVE)
+                )
+                each.measured_by_task[task] = base / own
+
+    def _real(self, methods: Sequence[str]) -> dict[str, list[float]]:
+        """Seconds a token of every method, times the recorded tokens, question by question."""
+        made = {method: self.models.decoder(method, self.sampling, self.seed) for method in methods}
+        runs = interleave(made, self.questions, 1, self.repeats, 1, "tune")
+        return {
+            method: [
+                statistics.median(each.counts.decode_seconds / each.counts.tokens for each in repeats)
+                * len(recorded.tokens)
+                for repeats, recorded in zip(found, self.answers, strict=True)
+            ]
+            for method, found in runs.items()
+        }
+
+
+def _sum(answers: Sequence[Answer], sketches: Sequence[Sketch], task: str | None = None) -> Sketch:
+    total = Sketch()
+    for own, sketch in zip(answers, sketches, strict=True):
+        if task is None or own.task == task:
+            total.add(sketch)
+    return total
+
+
+def _fastest(tried: Sequence[Tried]) -> Tried:
+    """Of those that were run."""
+    return max((each for each in tried if each.measured is not None), key=lambda each: each.measured)
+
+
+def cascaded(method: str) -> bool:
+    """Whether a model reviews, or several members draft one behind another."""
+    return "Reviewed(" in method or "Then(" in method
+
+
+def _flat(method: str) -> bool:
+    """Whether a method has one level: a copy and a model, nothing in between."""
+    return not cascaded(method) and method.count("FirstOf(") == 1
+
+
+def _copies(method: str) -> bool:
+    return "Copy(" in method or "MaxGram(" in method
+
+
+# ---- the command ----
+
+
+def tune(parsed: Parsed, report: Callable[[str], None] = say) -> None:
+    """Tune a recipe's pair and write what was found into the run folder.
+
+    Raises:
+        UserError: a part is missing or foreign, no tuning prompt can be used, or synthetic acceptance is asked for.
+    """
+    recipe = parsed.recipe
+    if recipe.evaluate.synthetic_acceptance is not None:
+        raise UserError("tune needs real drafts; leave out evaluate.synthetic_acceptance.")
+    run = RunFolder(parsed.run).create()
+    models = load_models(parsed)
+    inputs = inputs_of(parsed, models.tokenizer, models.context, write=not parsed.plan)
+    settings = recipe.evaluate.samplings or [recipe.responses.sampling]
+    sampling = sampling_of(settings[0])
+    decoder = models.decoder(AUTOREGRESSIVE, sampling, recipe.seed)
+    limits = Limits(recipe.evaluate.max_new_tokens, models.context, recipe.evaluate.batch_size)
+    if parsed.plan:
+        report(f"tune: {len(inputs.tune)} tuning prompts, {sampling_name(settings[0])}; nothing was run")
+        return
+    run.record(parsed, "drafttrain tune")
+    questions = questions_of(inputs.tune, models.tokenizer, limits, lambda each: answer(decoder, each))
+    found = Tuner(models, sampling, questions, recipe.seed, recipe.evaluate.repeats).run()
+    write(found, run, parsed, sampling_name(settings[0]))
+    for line in lines_of(found):
+        report(line)
+
+
+def lines_of(found: Tuned) -> list[str]:
+    """What was found, a sentence each."""
+    best, base, both, cascade = found.chosen, found.best_speculation, found.best_pair, found.best_cascade
+    errors = [abs(each.error) for each in found.confirmed]
+    lines = [
+        f"Fastest: {best.method}, {best.measured:.2f} times autoregressive decoding (predicted {best.predicted:.2f}).",
+        f"Best single drafter: {base.method}, {base.measured:.2f}; best copy and drafter: {both.method}, "
+        f"{both.measured:.2f}; best cascade: {cascade.method}, {cascade.measured:.2f}.",
+        f"Counted {len(found.tried)} methods, ran {len(found.confirmed)}; predictions were off by "
+        f"{max(errors):.1%} at most, {statistics.median(errors):.1%} on the median.",
+    ]
+    lines += [f"Dropped: {name}, which does not pay here." for name in found.dropped]
+    return lines
+
+
+def write(found: Tuned, run: RunFolder, parsed: Parsed, sampling: str) -> None:
+    """tune.json, tune.md and tuned.yaml."""
+    kept = replace(found, tried=[each for each in found.tried if each.measured is not None] + found.tried[:40])
+    write_atomically(run.path / "tune.json", json.dumps({"sampling": sampling, **asdict(kept)}, indent=1) + "\n")
+    table = ["| method | predicted | measured | error |", "|---|---|---|---|"]
+    table += [
+        f"| `{each.method}` | {each.predicted:.2f} | {each.measured:.2f} | {each.error:+.1%} |"
+        for each in sorted(found.confirmed, key=lambda each: -each.measured)
+    ]
+    text = "\n".join([f"# Tuned, {sampling}", "", *(f"{line}\n" for line in lines_of(found)), *table]) + "\n"
+    write_atomically(run.path / "tune.md", text)
+    recipe = json.loads(json.dumps(parsed.resolved))
+    recipe["evaluate"]["methods"] = [found.chosen.method]
+    write_atomically(run.path / "tuned.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,113 @@
+"""The search for the fastest method: what is tried, how forwards are priced, what is written."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from drafttrain import cli
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.expression import build, parse_method
+from drafttrain.evaluation.candidates import combinations, copies, singles
+from drafttrain.evaluation.forward_costs import WIDTHS, ForwardCosts, at, fitted, forward_seconds
+from drafttrain.evaluation.sketch import Sketch
+from drafttrain.models.bigrams import learn
+from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
+from tests.conftest import build_llama, build_tokenizer
+from tests.decoding.support import pair
+
+
+def test_whatever_is_tried_can_be_built():
+    target, small = pair()
+    engines = {"drafter": Engine(small), "small": Engine(target), "bigrams": learn([[1, 2]], 24, "t")}
+    bottoms, tops = copies(True), [*singles("drafter"), *singles("small")]
+    tried = [*bottoms, *tops, *combinations(["drafter", "small"], tops[:2], bottoms[:2])]
+    assert len(tried) == len(set(tried)) > 100
+    for method in tried:
+        assert build(method, engines).max_length >= 1
+        assert str(parse_method(str(parse_method(method)))) == str(parse_method(method))
+    assert any(method.startswith("Then((Reviewed(drafter, inner=Then((Reviewed(small,") for method in tried)
+
+
+def test_costs_between_timed_widths_lie_on_lines():
+    assert at({1: 1.0, 5: 2.0}, 3) == 1.5
+    assert at({1: 1.0, 5: 2.0}, 9) == 3.0
+
+
+def test_forwards_are_timed_in_every_width():
+    target, small = pair()
+    found = forward_seconds({"": Engine(target), "small": Engine(small)}, 20, repeats=3)
+    assert set(found) == {"", "small"}
+    assert all(tuple(own) == WIDTHS for own in found.values())
+    assert all((np.diff(list(own.values())) >= 0).all() and own[1] > 0 for own in found.values())
+
+
+def sketch(rounds, reads):
+    return Sketch(
+        tokens=10, rounds=Counter(rounds), reads={"drafter": Counter(reads)} if reads else {}, host_seconds=0.0
+    )
+
+
+def test_what_is_beside_the_forwards_is_found_from_real_runs():
+    """Runs that cost 1.3 times the forwards, 0.2 a round and 0.05 a draft forward give just that."""
+    costs = ForwardCosts({1: 0.9, 9: 1.7}, {"drafter": {1: 0.2, 9: 0.3}}, 0.0, 1.0)
+    did = [sketch({3: 4}, {1: 12}), sketch({9: 2}, {}), sketch({5: 3, 1: 1}, {2: 3, 1: 9}), sketch({2: 8}, {1: 8})]
+    runs = [
+        (each, 1.3 * costs.cost(each) + 0.2 * each.rounds.total() + 0.05 * sum(r.total() for r in each.reads.values()))
+        for each in did
+    ]
+    found = fitted(costs, runs)
+    assert found.round == pytest.approx(0.2)
+    assert found.target[1] == pytest.approx(1.3 * 0.9)
+    assert found.models["drafter"][1] == pytest.approx(1.3 * 0.2 + 0.05)
+    for each, steps in runs:
+        assert found.predicted(each) == pytest.approx(10 / steps)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folders of a target and of a drafter that is nearly the same."""
+    path = tmp_path_factory.mktemp("tune")
+    target, drafter = build_llama(hidden=16), build_llama(hidden=16)
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for name, model in (("target", target), ("drafter", drafter)):
+        save_checkpoint(path / name, model, build_tokenizer(), CheckpointInfo(name))
+    rows = [{"prompt": f"{at} apple pear apple pear {at * at}"} for at in range(8)]
+    (path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(folder, *more):
+    named = {"target.path": folder / "target", "drafter.path": folder / "drafter", "prompts.source": "file"}
+    named |= {"prompts.path": folder / "prompts.jsonl", "prompts.near_duplicate": 1.0, "evaluate.max_new_tokens": 14}
+    named |= {"evaluate.dtype": "float32", "evaluate.repeats": 1, "responses.sampling.temperature": 1.0}
+    return ["tune", *(str(part) for name, value in named.items() for part in (f"--{name}", value)), *more]
+
+
+def test_the_verb_writes_what_it_found_and_a_recipe_that_is_accepted(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("drafttrain.evaluation.tune.copies", lambda bigrams: copies(bigrams)[:3])
+    monkeypatch.setattr("drafttrain.evaluation.tune.singles", lambda member: singles(member)[:2])
+    monkeypatch.setattr("drafttrain.evaluation.tune.combinations", lambda *given: combinations(*given)[::9])
+    cli.main(flags(folder, "--run", str(tmp_path / "run")))
+    found = json.loads((tmp_path / "run" / "tune.json").read_text())
+    assert found["chosen"]["measured"] >= max(each["measured"] or 0 for each in found["tried"])
+    recipe = yaml.safe_load((tmp_path / "run" / "tuned.yaml").read_text())
+    assert recipe["evaluate"]["methods"] == [found["chosen"]["method"]]
+    assert "predicted" in (tmp_path / "run" / "tune.md").read_text()
+    assert f"Fastest: {found['chosen']['method']}" in capsys.readouterr().out
+    cli.main(["tune", "--config", str(tmp_path / "run" / "tuned.yaml"), "--run", str(tmp_path / "other"), "--plan"])
+    assert not (tmp_path / "other" / "tune.json").exists()
+
+
+def test_drafts_that_are_made_up_cannot_be_tuned(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(flags(folder, "--run", str(tmp_path), "--evaluate.synthetic_acceptance", "[0.8]"))
+    assert stopped.value.code == 2
+    assert "tune needs real drafts" in capsys.readouterr().err
