@@ -242,9 +242,11 @@ class Evaluation:
         few = different(tuning, CALIBRATION_QUESTIONS)
         shape = tuned_tree(self.models, sampling, tuning, few, self.config.batch_size, self.seed).shape
         widths = list(shape.widths)
-        found = f"{widths}, {shape.tau:.2f} tokens a round, speed-up {shape.speedup:.2f}" if widths else "none pays"
+        found = f"{widths}, {shape.tau:.2f} tokens a round, speed-up {shape.speedup:.2f}"
+        if shape.chain:  # lengths are swept anyway
+            found = "a chain" if widths else "none pays"
         say(f"{name}: tree predicted to be fastest: {found}")
-        return [f"Model(drafter, tree={widths})"] if widths else []
+        return [] if shape.chain else [f"Model(drafter, tree={widths})"]
 
     def _run(self, measured: _Measured, methods: Sequence[str], sampling: Sampling) -> None:
         """The real runs, then the instrumented ones, which add to what calibration knew of the costs."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,8 +72,37 @@ def sample_apart(probs_BWV: Tensor, from_BN: Tensor, u_BN: Tensor) -> tuple[Tens
     Returns:
         int64 token ids [B, N]; and bool [B, N], false where the distribution had no tokens left.
     """
-    rows_B = torch.arange(len(probs_BWV), device=probs_BWV.device)
     cumulative_BWV = probs_BWV.cumsum(-1, dtype=torch.float64)
+    if probs_BWV.device.type != "cpu":
+        return _apart_on_device(cumulative_BWV, from_BN, u_BN)
+    drawn = [_apart(*row) for row in zip(cumulative_BWV.numpy(), from_BN.tolist(), u_BN.tolist(), strict=True)]
+    tokens, present = zip(*drawn, strict=True)
+    return torch.tensor(tokens), torch.tensor(present)
+
+
+def _apart(cumulative_WV: np.ndarray, names: list[int], uniforms: list[float]) -> tuple[list[int], list[bool]]:
+    """`sample_apart` of a row in memory, where a number costs less than an operator."""
+    taken: dict[int, list[tuple[float, float]]] = {}
+    tokens, present = [], []
+    for name, u in zip(names, uniforms, strict=True):
+        cumulative_V, spans = cumulative_WV[name], taken.setdefault(name, [])
+        total = float(cumulative_V[-1])
+        left = total - sum(high - low for low, high in spans)
+        threshold = u * left
+        for low, high in sorted(spans):  # rounding leads into none of them
+            if threshold >= low:
+                threshold = max(threshold + (high - low), high)
+        token = int(cumulative_V.searchsorted(threshold, side="right"))
+        present.append(left > _NOTHING_LEFT * total and token < len(cumulative_V))
+        token = min(token, len(cumulative_V) - 1)
+        spans.append((float(cumulative_V[token - 1]) if token else 0.0, float(cumulative_V[token])))
+        tokens.append(token)
+    return tokens, present
+
+
+def _apart_on_device(cumulative_BWV: Tensor, from_BN: Tensor, u_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """The same steps for all rows at once, without a read from the device."""
+    rows_B = torch.arange(len(u_BN), device=u_BN.device)
     lows_BN, highs_BN = torch.zeros_like(u_BN), torch.zeros_like(u_BN)
     tokens, present = [], []
     for number, (from_B, u_B) in enumerate(zip(from_BN.unbind(1), u_BN.unbind(1), strict=True)):
@@ -84,12 +114,12 @@ def sample_apart(probs_BWV: Tensor, from_BN: Tensor, u_BN: Tensor) -> tuple[Tens
         total_B = cumulative_BV[:, -1]
         left_B = total_B - size_BN.sum(1)
         threshold_B = u_B * left_B
-        for low_B, high_B in zip(low_BN.unbind(1), high_BN.unbind(1), strict=True):  # rounding leads into none of them
+        for low_B, high_B in zip(low_BN.unbind(1), high_BN.unbind(1), strict=True):
             beyond_B = torch.maximum(threshold_B + (high_B - low_B), high_B)
             threshold_B = torch.where(threshold_B >= low_B, beyond_B, threshold_B)
         token_B = torch.searchsorted(cumulative_BV, threshold_B.unsqueeze(1), right=True).squeeze(1)
-        there_B = (left_B > _NOTHING_LEFT * total_B) & (token_B < probs_BWV.shape[2])
-        token_B = token_B.clamp(max=probs_BWV.shape[2] - 1)
+        there_B = (left_B > _NOTHING_LEFT * total_B) & (token_B < cumulative_BWV.shape[2])
+        token_B = token_B.clamp(max=cumulative_BWV.shape[2] - 1)
         highs_BN[:, number] = cumulative_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
         lows_BN[:, number] = torch.where(
             token_B > 0, cumulative_BV.gather(1, (token_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0.0

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafttrain.ops.random import Draws, sample, sample_apart, sample_id, uniform
+from drafttrain.ops.random import Draws, _apart_on_device, sample, sample_apart, sample_id, uniform
 from tests.decoding.support import FALSE_ALARM, p_value
 
 INTS = st.integers(min_value=0, max_value=2**40)
@@ -136,6 +136,9 @@ def test_all_tokens_are_drawn_once_from_wild_distributions(numbers, seed):
     """Masses over thirty orders of magnitude, where rounding could lead back into a token that is taken."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.exp(-30 * torch.rand(1, 1, 9, generator=generator, dtype=torch.float64))
-    tokens, present = sample_apart(q, torch.zeros(1, 9, dtype=torch.int64), torch.tensor([numbers]).double())
+    names, u = torch.zeros(1, 9, dtype=torch.int64), torch.tensor([numbers], dtype=torch.float64)
+    tokens, present = sample_apart(q, names, u)
+    on_device = _apart_on_device(q.cumsum(-1), names, u)
+    assert torch.equal(on_device[1], present) and torch.equal(on_device[0][present], tokens[present])
     drawn = tokens[0][present[0]].tolist()
     assert len(set(drawn)) == len(drawn) >= 1
