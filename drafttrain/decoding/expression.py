@@ -33,7 +33,7 @@ from drafttrain.decoding.combined import FirstOf, Then
 from drafttrain.decoding.copying import Copy
 from drafttrain.decoding.drafters import Drafter, ModelDrafter
 from drafttrain.decoding.engine import Engine
-from drafttrain.decoding.longspec import LongSpec, LongSpecTree
+from drafttrain.decoding.longspec import BlockEngine, LongSpec, LongSpecTree
 from drafttrain.decoding.max_gram import MaxGram
 from drafttrain.decoding.outside import lacking, load_class, nearest
 from drafttrain.decoding.reviewed import Reviewed
@@ -208,7 +208,7 @@ def _model(
     tree: Sequence[int] | None = None,
     drawn: bool = True,
 ) -> Drafter:
-    if isinstance(drafter, _Named) and isinstance(drafter.value, LongSpecDrafter):
+    if isinstance(drafter, _Named) and isinstance(drafter.value, LongSpecDrafter | BlockEngine):
         raise UserError(f"{drafter.name} is a LongSpec drafter; write LongSpec({drafter.name}, ...) instead of Model")
     _require(drafter, lambda value: isinstance(value, Engine | StandIn), "a model")
     _check_draft("Model", drafter.name, length, stop, check_every, tree)
@@ -244,7 +244,7 @@ def _longspec(
     tree: Sequence[int] | None = None,
     drawn: bool = True,
 ) -> Drafter:
-    _require(drafter, lambda value: isinstance(value, LongSpecDrafter), "a LongSpec drafter")
+    _require(drafter, lambda value: isinstance(value, LongSpecDrafter | BlockEngine), "a LongSpec drafter")
     _check_draft("LongSpec", drafter.name, length, stop, check_every, tree)
     if tree is not None:
         return LongSpecTree(drafter.value, tree, stop, drafter.name, drawn)

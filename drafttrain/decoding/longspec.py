@@ -69,18 +69,23 @@ class BlockEngine:
         """Of the block."""
         return self.model.self_norm.weight.dtype
 
+    def checked(self) -> BlockEngine:
+        """This engine; its target has been."""
+        return self
+
     def new_cache(self, rows: int, capacity: int = 0) -> Ring:
         """An empty ring; the capacity of the text does not matter."""
         config = self.config
         shape = config.num_key_value_heads, config.head_dim
         return Ring(rows, config.window, MARGIN, *shape, self.dtype, self.device)
 
-    def look(self) -> None:
+    def look(self, view: TargetView) -> None:
         """Take up what the target has read by now: views of its cache, and which of their slots a row has.
 
         All steps of a round see the same.
         """
-        lengths = self.view.lengths
+        self.view = view
+        lengths = view.lengths
         self._mask_B11S = self._blind_B = None
         if not max(lengths):
             self._keys = self._values = None
@@ -187,20 +192,21 @@ class LongSpec(ModelDrafter):
     """Drafts a chain with a LongSpec drafter.
 
     Args:
-        model: the drafter.
+        model: the drafter, or its engine beside the target that it will draft for.
         length, stop, name, check_every: as of `ModelDrafter`; the state that a rule sees is that behind the block.
     """
 
     def __init__(
         self,
-        model: LongSpecDrafter,
+        model: LongSpecDrafter | BlockEngine,
         length: int | None = None,
         stop: StoppingRule | None = None,
         name: str = "drafter",
         check_every: int = 1,
     ) -> None:
-        super().__init__(None, length, stop, name, check_every)
-        self.model = model
+        super().__init__(model if isinstance(model, BlockEngine) else None, length, stop, name, check_every)
+        self.model = model.model if isinstance(model, BlockEngine) else model
+        self._view: TargetView | None = None
 
     def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
         """Read the last window of each prompt, without its last token.
@@ -212,7 +218,7 @@ class LongSpec(ModelDrafter):
             raise UserError(f"{self.name} reads its target while it drafts, and here is none; decode with a target.")
         if self.engine is None or self.engine.view.engine is not setting.target_view.engine:
             self.engine, self._committed = BlockEngine(self.model, setting.target_view), None
-        self.engine.view = setting.target_view
+        self.engine.view = self._view = setting.target_view
         super().start(committed, setting, resume)
 
     def propose(
@@ -224,13 +230,12 @@ class LongSpec(ModelDrafter):
         target_view: TargetView | None = None,
     ) -> Draft:
         """Draft a chain behind committed ++ prefix."""
-        self.engine.view = target_view
-        self.engine.look()
+        self.engine.look(target_view)
         return super().propose(committed, prefix, budget, random, target_view)
 
     def score(self, committed: Committed, prefix: Draft | None, draft: Draft) -> Tensor:
         """Logits for another's tokens."""
-        self.engine.look()
+        self.engine.look(self._view)
         return super().score(committed, prefix, draft)
 
     def _readable(self, tokens: Sequence[int]) -> Sequence[int]:
@@ -248,14 +253,16 @@ class LongSpecTree(LongSpec, TreeDrafter):
 
     def __init__(
         self,
-        model: LongSpecDrafter,
+        model: LongSpecDrafter | BlockEngine,
         widths: Sequence[int],
         stop: StoppingRule | None = None,
         name: str = "drafter",
         drawn: bool = True,
     ) -> None:
-        TreeDrafter.__init__(self, None, widths, stop, name, drawn)
-        self.model = model
+        engine = model if isinstance(model, BlockEngine) else None
+        TreeDrafter.__init__(self, engine, widths, stop, name, drawn)
+        self.model = model if engine is None else engine.model
+        self._view = None
 
 
 def _check_shape(config: LongSpecConfig, view: TargetView) -> None:

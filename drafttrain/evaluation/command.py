@@ -73,6 +73,9 @@ FLOAT64_TOKENS = 48
 CALIBRATION_QUESTIONS = 6
 """Tuning questions that costs are measured on."""
 
+LONGSPEC_LENGTHS = (2, 4, 6)
+"""Lengths of a LongSpec drafter that are run where a recipe names no methods."""
+
 SPEED_CHECK_QUESTIONS = 6
 """Questions of the instrumented runs that say where the time goes."""
 
@@ -193,7 +196,7 @@ class Evaluation:
         say(f"{name}: measuring costs and replaying the tuning split")
         tuning = self._questions(self.inputs.tune, sampling)
         points, calibration, tuned_by = self._tune(name, sampling, tuning)
-        methods = [AUTOREGRESSIVE, *(self.methods or pick(points, self.config.top))]
+        methods = [AUTOREGRESSIVE, *(self.methods or self._picked(points))]
         methods += self._tree(name, sampling, tuning) if self.config.trees else []
         methods = list(dict.fromkeys(methods))
         for point in points:
@@ -205,6 +208,14 @@ class Evaluation:
         for method in methods:
             measured.lossless[method] = [self._check(measured, method, sampling)]
         return measured
+
+    def _picked(self, points: Sequence[SweepPoint]) -> list[str]:
+        """The best of each kind by replay; of a LongSpec drafter some lengths and thresholds."""
+        if not self.models.reads_target:
+            return pick(points, self.config.top)
+        longest = self.config.max_length
+        lengths = [f"LongSpec(drafter, length={length})" for length in LONGSPEC_LENGTHS if length <= longest]
+        return [*lengths, f"LongSpec(drafter, stop=Confidence(0.4, max={longest}))"]
 
     def _questions(self, records: Sequence[Mapping[str, Any]], sampling: Sampling) -> list[Question]:
         decoder = self.models.decoder(AUTOREGRESSIVE, sampling, self.seed)
@@ -218,6 +229,8 @@ class Evaluation:
         config = self.config
         few = different(tuning, CALIBRATION_QUESTIONS)
         calibration = calibrate(self.models, sampling, few, config.batch_size, config.max_length, self.seed)
+        if self.models.reads_target:  # what it drafts depends on the step of the round: no trace could say it
+            return [], calibration, "nothing: a LongSpec drafter is not replayed, its methods are all run"
         costs = by_family([calibration], config.max_length + 1)
         accept = self.parsed.accept_new_target
         longest = max([config.max_length, *map(longest_of, self.methods)])

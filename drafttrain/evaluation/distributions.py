@@ -16,9 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.longspec import BlockEngine
 from drafttrain.decoding.loop import Decoder
 from drafttrain.distributed import progress
 from drafttrain.evaluation.controls import CONTROLS, is_broken
@@ -27,6 +30,7 @@ from drafttrain.evaluation.names import sampling_name
 from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.ranks import Ranks
 from drafttrain.evaluation.reference import after_prefixes, next_token
+from drafttrain.models.longspec_states import BesideTarget
 from drafttrain.ops.sampling import Sampling
 
 FAMILY = 1e-6
@@ -42,7 +46,7 @@ SAMPLINGS = (
 )
 """Options that are tested where the recipe names none."""
 
-FALLBACK = "Model(drafter, length=5)"
+FALLBACK = "{}(drafter, length=5)"
 """What controls are made of where the method itself has no drafter that could be broken."""
 
 TOKENS = 16
@@ -149,7 +153,9 @@ def control_findings(models: Models, method: str, trial: Trial) -> list[Finding]
 
 def broken_method(models: Models, method: str) -> str:
     """The method that controls are made of: the one under test, if it drafts."""
-    return method if models.decoder(method, Sampling(0.0), 0, DTYPE).drafter is not None else FALLBACK
+    return (
+        method if models.decoder(method, Sampling(0.0), 0, DTYPE).drafter is not None else FALLBACK.format(models.chain)
+    )
 
 
 def draw(decoder: Decoder, prompt: Sequence[int], answers: int) -> list[list[int]]:
@@ -190,7 +196,7 @@ def _ranks(models: Models, trial: Trial, case: Case, drawn: Sequence[Sequence[in
     """Ranks of all tokens, answers taken in turn for the first and the second half."""
     texts = [[*trial.prompt, *tokens] for tokens in drawn]
     exact, drafted = (
-        after_prefixes(engine.model, texts, len(trial.prompt), case.sampling, models.vocabulary)
+        after_prefixes(_alone(engine), texts, len(trial.prompt), case.sampling, models.vocabulary)
         for engine in models.engines(DTYPE)
     )
     halves = Ranks(), Ranks()
@@ -198,6 +204,13 @@ def _ranks(models: Models, trial: Trial, case: Case, drawn: Sequence[Sequence[in
     for number, (tokens, p_TV, q_TV) in enumerate(zip(drawn, exact, drafted, strict=True)):
         halves[number % 2].add(tokens, p_TV, q_TV, case.ends, TOKENS, random)
     return halves
+
+
+def _alone(engine: Engine | BlockEngine) -> Any:
+    """A model that says by itself what it would draw behind a text; a LongSpec drafter needs its target for that."""
+    if isinstance(engine, BlockEngine):
+        return BesideTarget(engine.model, engine.view.engine.model)
+    return engine.model
 
 
 def _both(p_values: Sequence[float]) -> float:

@@ -191,7 +191,9 @@ class Study:
     def _verify(self, size: int, methods: Sequence[str], asked: Sequence[Question]) -> list[float]:
         """v(1), v(2), ... of full batches, as far as the longest draft of the sweep; v(1) is 1."""
         longest = self.config.max_length
-        probes = dict.fromkeys([*methods, "Model(drafter, length=1)", f"Model(drafter, length={longest})"])
+        probes = dict.fromkeys(
+            [*methods, *(f"{self.models.chain}(drafter, length={length})" for length in (1, longest))]
+        )
         decoders = {method: self.models.decoder(method, self.sampling, self.seed) for method in probes}
         short = [replace(each, limit=min(each.limit, CALIBRATION_TOKENS)) for each in asked]
         groups = batches(short, size)[: max(1, INSTRUMENTED_REQUESTS // size)]

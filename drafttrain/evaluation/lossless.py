@@ -47,12 +47,12 @@ from drafttrain.evaluation.plan import check_pair, context_of
 from drafttrain.evaluation.questions import Question
 from drafttrain.evaluation.schema import to_json_line
 from drafttrain.models.drafters import without_storage
-from drafttrain.models.loading import default_device, load_model_config, load_tokenizer
+from drafttrain.models.loading import default_device, drafter_path, is_longspec, load_model_config, load_tokenizer
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder, write_atomically
 
 SCHEMA_VERSION = 2
-DEFAULT_METHODS = ("Model(drafter, length=5)",)
+DEFAULT_METHOD = "{}(drafter, length=5)"
 
 TEXTS = (
     "Once upon a time",
@@ -105,7 +105,7 @@ def command(parsed: Parsed) -> None:
         )
     given = [sampling_of(each) for each in config.samplings]
     samplings = [each for each in given if not each.greedy] or list(SAMPLINGS)
-    methods = list(config.methods or DEFAULT_METHODS)
+    methods = list(config.methods or [_default(parsed)])
     if parsed.plan:
         plan_lossless(parsed, methods, samplings)
         return
@@ -122,6 +122,11 @@ def command(parsed: Parsed) -> None:
     say(f"Report: {run.path / 'lossless.json'}")
     if not all(proof.passed for proof in proofs):
         raise SystemExit(1)
+
+
+def _default(parsed: Parsed) -> str:
+    path = drafter_path(parsed.recipe, RunFolder(parsed.run))
+    return DEFAULT_METHOD.format("LongSpec" if is_longspec(path) else "Model")
 
 
 def trial_of(

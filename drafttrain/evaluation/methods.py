@@ -17,6 +17,10 @@ USUAL = 12
 """Most tokens that an adaptive rule drafts in a round where its expression does not say (`max`)."""
 
 
+CHAINS = ("Model", "LongSpec")
+"""Constructors of drafters that write a chain token by token, until a length or a stopping rule ends it."""
+
+
 def head_of(method: str) -> str | None:
     """Name of the acceptance head that a method asks; None if it asks none, as `ORACLE` and `KNOWN`, no methods, do."""
     if method in (ORACLE, KNOWN):
@@ -32,7 +36,7 @@ def kind_of(method: str) -> Kind:
     expression = parse_method(method)
     if expression.name == "Autoregressive":
         return "autoregressive"
-    if expression.name != "Model" or "tree" in dict(expression.arguments):
+    if expression.name not in CHAINS or "tree" in dict(expression.arguments):
         return "other"
     stop = _stop(expression)
     if stop is None:
@@ -54,7 +58,7 @@ def family_of(method: str) -> str:
 def parameter_of(method: str) -> float | None:
     """The number that a sweep would vary: the length, or the stopping rule's threshold; None from outside."""
     expression = parse_method(method)
-    if expression.name != "Model" or "tree" in dict(expression.arguments):
+    if expression.name not in CHAINS or "tree" in dict(expression.arguments):
         return None
     stop = _stop(expression)
     if stop is not None:
@@ -66,7 +70,7 @@ def parameter_of(method: str) -> float | None:
 def longest_of(method: str) -> int:
     """Most tokens that a method drafts in a round; 0 where that is none of its numbers."""
     expression = parse_method(method)
-    if expression.name != "Model" or "tree" in dict(expression.arguments):
+    if expression.name not in CHAINS or "tree" in dict(expression.arguments):
         return 0
     limits, stop = [dict(expression.arguments).get("length")], _stop(expression)
     if stop is not None and not stop.outside:
@@ -90,8 +94,8 @@ def _tree_tokens(value: object) -> int:
 
 
 def _stop(expression: Expression) -> Expression | None:
-    """The stopping rule of a `Model`."""
-    stop = dict(expression.arguments).get("stop") if expression.name == "Model" else None
+    """The stopping rule of a chain."""
+    stop = dict(expression.arguments).get("stop") if expression.name in CHAINS else None
     return stop if isinstance(stop, Expression) else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from drafttrain.config import EvaluateConfig, Parsed, Recipe
 from drafttrain.decoding.drafters import Drafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import build, parse_method, resolved
+from drafttrain.decoding.longspec import BlockEngine
 from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.decoding.synthetic import SyntheticAcceptance
+from drafttrain.decoding.target_view import TargetView
 from drafttrain.dialogue import end_tokens
 from drafttrain.errors import UserError
 from drafttrain.evaluation.environment import fast_dtype, free_bytes
@@ -36,6 +39,7 @@ from drafttrain.models.loading import (
     load_target,
     vocabulary_size,
 )
+from drafttrain.models.longspec import LongSpecDrafter
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder
 
@@ -71,7 +75,7 @@ class Models:
     synthetic: SyntheticAcceptance | None = None
     bigrams: BigramTable | None = None
     others: dict[str, Loaded] = field(default_factory=dict)
-    _engines: dict[str, tuple[Engine, ...]] = field(default_factory=dict)
+    _engines: dict[str, tuple[Engine | BlockEngine, ...]] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Any:
@@ -93,7 +97,7 @@ class Models:
         """Tokens that both models can read and write together; with none stated, as good as no limit."""
         return min(engine.max_positions or 1 << 30 for engine in self.engines())
 
-    def engines(self, dtype: str | None = None) -> tuple[Engine, Engine]:
+    def engines(self, dtype: str | None = None) -> tuple[Engine, Engine | BlockEngine]:
         """Engines of target and drafter; in another dtype than the models' they are made of copies.
 
         Raises:
@@ -101,18 +105,35 @@ class Models:
         """
         return self._all_engines(dtype)[:2]
 
-    def _all_engines(self, dtype: str | None) -> tuple[Engine, ...]:
+    def _all_engines(self, dtype: str | None) -> tuple[Engine | BlockEngine, ...]:
         """Of target, drafter and the others in their order."""
         dtype = dtype or self.dtype
         if dtype not in self._engines:
             models = [loaded.model for loaded in (self.target, self.drafter, *self.others.values())]
             if dtype != self.dtype:
                 models = [_in_dtype(model, dtype, self.device) for model in models]
-            compiled = self.compiled and dtype == self.dtype
-            self._engines[dtype] = tuple(
-                Engine(model, self._known(model), compiled=compiled).checked() for model in models
-            )
+            self._engines[dtype] = self._made(models, self.compiled and dtype == self.dtype)
         return self._engines[dtype]
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether the drafter is a LongSpec drafter, which nothing can be said of without its target."""
+        return isinstance(self.drafter.model, LongSpecDrafter)
+
+    @property
+    def chain(self) -> str:
+        """The constructor that drafts a chain with this drafter."""
+        return "LongSpec" if self.reads_target else "Model"
+
+    def _made(self, models: Sequence[Any], compiled: bool) -> tuple[Engine | BlockEngine, ...]:
+        target = Engine(models[0], self._known(models[0]), compiled=compiled).checked()
+        engines: list[Engine | BlockEngine] = [target]
+        for model in models[1:]:
+            if isinstance(model, LongSpecDrafter):
+                engines.append(BlockEngine(model, TargetView(target)))
+            else:
+                engines.append(Engine(model, self._known(model), compiled=compiled).checked())
+        return tuple(engines)
 
     def _known(self, model: Any) -> int:
         """Token ids of the tokenizer that a model has logits for: a drafter may have fewer than its target."""
@@ -264,7 +285,7 @@ def _in_dtype(model: Any, dtype: str, device: torch.device) -> Any:
     if needed > 0.8 * free_bytes(device):
         raise UserError(f"a copy in {dtype} needs {needed / 2**30:.1f} GiB, more than is free.")
     copied = copy.deepcopy(model).to(DTYPES[dtype])
-    if dtype == "float64":
+    if dtype == "float64" and not isinstance(model, LongSpecDrafter):
         copied.set_experts_implementation("eager")  # grouped products of experts know no float64
     return copied
 

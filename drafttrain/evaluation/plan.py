@@ -22,6 +22,7 @@ from drafttrain.evaluation.synthetic_study import NAME, work
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
 from drafttrain.models.drafters import without_storage
 from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_model_config, load_tokenizer
+from drafttrain.models.longspec import LongSpecConfig
 from drafttrain.run_folder import RunFolder
 
 _SECTIONS = ("target", "drafter", "prompts", "evaluate", "seed")
@@ -67,7 +68,8 @@ def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
     recipe, run = parsed.recipe, RunFolder(parsed.run)
     path = drafter_path(recipe, run)
     for config in _configs(recipe, path):
-        Engine(without_storage(config, recipe.target.trust_remote_code))
+        if not isinstance(config, LongSpecConfig):
+            Engine(without_storage(config, recipe.target.trust_remote_code))
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
     check_same_tokenizer(target, load_tokenizer(path, None, recipe.target.trust_remote_code), path)
     _check_methods(methods, {"drafter", *head_names(run)}, parsed.allow_code)

@@ -51,9 +51,10 @@ def calibrate(
 
     Every method runs once unmeasured before; the measured runs are interleaved question by question.
     """
-    methods = [AUTOREGRESSIVE, *[f"Model(drafter, length={k})" for k in _LENGTHS if k < longest]]
-    methods += [f"Model(drafter, length={longest})", f"Model(drafter, stop=Confidence(0.4, max={longest}))"]
-    methods += [f"Model(drafter, stop=AcceptanceHead({name}, 0.4, max={longest}))" for name in models.heads]
+    chain = models.chain
+    methods = [AUTOREGRESSIVE, *[f"{chain}(drafter, length={k})" for k in _LENGTHS if k < longest]]
+    methods += [f"{chain}(drafter, length={longest})", f"{chain}(drafter, stop=Confidence(0.4, max={longest}))"]
+    methods += [f"{chain}(drafter, stop=AcceptanceHead({name}, 0.4, max={longest}))" for name in models.heads]
     short = [dataclasses.replace(each, limit=min(each.limit, CALIBRATION_TOKENS)) for each in questions]
     groups = batches(short, batch_size)
     decoders = {method: models.decoder(method, sampling, seed) for method in methods}

@@ -17,9 +17,9 @@ from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.errors import UserError
 from drafttrain.models.longspec import LongSpecDrafter
+from drafttrain.models.longspec_states import Reading, block_states
 from drafttrain.training.distill_head import Lesson, teach_states
 from drafttrain.training.drafter_trainer import DrafterTrainer, shifted
-from drafttrain.training.longspec_states import Reading, block_states
 from drafttrain.training.on_policy import OnPolicy
 from drafttrain.training.positions import Placing, seen_from
 

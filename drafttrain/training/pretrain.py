@@ -34,11 +34,11 @@ from drafttrain.models.drafters import build_drafter, new_config
 from drafttrain.models.fingerprint import tokenizer_hash
 from drafttrain.models.loading import Loaded, load_causal_lm, load_target, load_tokenizer, max_context
 from drafttrain.models.longspec import LongSpecDrafter
+from drafttrain.models.longspec_states import block_states, read_target
 from drafttrain.ops import causal_attention
 from drafttrain.recipe import PretrainConfig, Recipe, StageConfig
 from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import on_one_device
-from drafttrain.training.longspec_states import block_states, read_target
 from drafttrain.training.muon import MuonAdamW
 from drafttrain.training.positions import Placing, seen_from
 from drafttrain.training.pretrain_data import CODE, DRILLS, Blocks

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from drafttrain.errors import UserError
 from drafttrain.models.drafters import inner
+from drafttrain.models.longspec_states import Reading, read_target
 from drafttrain.training.distill_head import OutputHead, output_head
-from drafttrain.training.longspec_states import Reading, read_target
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -74,7 +74,7 @@ def test_drafts_are_often_accepted(models):
 
 def test_a_step_drafts_what_the_block_says_of_the_whole_text(models):
     """The ring and the target's cache give what the block computes from the whole text with lags 1, 2, 3, ..."""
-    from drafttrain.training.longspec_states import block_states, read_target
+    from drafttrain.models.longspec_states import block_states, read_target
 
     target, block = models
     engine, text = Engine(target), [7, 8, 9, 10, 11, 3, 4, 12, 13, 14, 15, 1, 5, 5, 2, 9]

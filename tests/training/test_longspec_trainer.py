@@ -12,12 +12,12 @@ from drafttrain.config import DrafterConfig, PositionsConfig
 from drafttrain.models.drafters import build_drafter
 from drafttrain.models.fingerprint import fingerprint
 from drafttrain.models.loading import Loaded
+from drafttrain.models.longspec_states import block_states, read_target
 from drafttrain.ops.sampling import Sampling
 from drafttrain.training.arguments import training_arguments
 from drafttrain.training.drafter_data import EMPTY, Collator, Epochs, ResponseDataset
 from drafttrain.training.drafter_trainer import DEFAULTS, FIXED, Distillation
 from drafttrain.training.held_out import HeldOut
-from drafttrain.training.longspec_states import block_states, read_target
 from drafttrain.training.longspec_trainer import LongSpecTrainer
 from drafttrain.training.losses import mixed
 from drafttrain.training.on_policy import OnPolicy

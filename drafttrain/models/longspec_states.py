@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
+from drafttrain.models.logits import LogitShape
 from drafttrain.models.longspec import LongSpecDrafter, Rotary, lagged_attention, windowed_attention
 from drafttrain.models.shared_target import RotaryOf
 from drafttrain.ops.cache import captured_layer
@@ -104,3 +106,27 @@ def block_states(
         return lagged_attention(q_BNTD, keys, values, lag_B, config.scaling)
 
     return (forward or block)(embedded_BTH, (cos, sin), windowed, look)
+
+
+class BesideTarget:
+    """A block and its target as one causal LM: the distribution of the first drafted token behind every token.
+
+    Args:
+        block: a LongSpec drafter.
+        target: its target.
+    """
+
+    def __init__(self, block: LongSpecDrafter, target: PreTrainedModel) -> None:
+        self.block, self.target = block, target
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The target's."""
+        return self.target.get_input_embeddings()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, **_: object) -> CausalLMOutput:
+        """Logits of whole rows."""
+        reading = read_target(self.target, input_ids, None, self.block.config.kv_layer)
+        states_BTH = block_states(self.block, reading, torch.ones_like(input_ids[:, 0]))
+        logits_BTV = self.target.get_output_embeddings()(states_BTH)
+        return CausalLMOutput(logits=LogitShape.of(self.target.config.get_text_config()).apply(logits_BTV))

@@ -1,0 +1,64 @@
+"""`drafttrain evaluate` and `lossless` on a target and a LongSpec drafter, as people run them."""
+
+import json
+
+import pytest
+
+from drafttrain.cli import main
+from drafttrain.config import BlockConfig
+from drafttrain.evaluation.schema import read_report
+from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
+from drafttrain.models.fingerprint import fingerprint
+from drafttrain.models.longspec_new import new_block
+from tests.conftest import build_llama, build_tokenizer
+from tests.programs.test_evaluate import flags
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    tokenizer, target = build_tokenizer(), build_llama(layers=1, seed=0)
+    target.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    block = new_block(target, BlockConfig(window=16, warm_start=0), target.dtype, 0)
+    info = CheckpointInfo("longspec", target=fingerprint(target, tokenizer))
+    save_checkpoint(folder / "drafter", block, tokenizer, info)
+    said = [f"Repeat the word apple {i} times, then change pear number {7 * i} " * (1 + i % 3) for i in range(6)]
+    lines = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in said]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_report_has_its_methods_and_output_is_exact(files, tmp_path):
+    both = ("--evaluate.samplings", '[{"temperature": 0}, {"temperature": 1}]')
+    main(["evaluate", *flags(files, tmp_path / "run", *both)])
+    report = read_report(tmp_path / "run")
+    greedy = report.of("greedy")
+    assert [row.method for row in greedy if row.kind == "fixed"] == [
+        "LongSpec(drafter, length=2)",
+        "LongSpec(drafter, length=4)",
+    ]
+    assert all(check.passed for row in report.methods for check in row.lossless)
+    assert all(row.costs and row.predicted_speedup for row in greedy if row.kind == "fixed")
+    assert report.verdict.decision != "not exact"
+
+
+def test_it_is_proven_lossless_and_the_controls_fail(files, tmp_path):
+    small = ("--evaluate.answers", "800", "--evaluate.samplings", '[{"temperature": 1.0}]')
+    main(["lossless", *flags(files, tmp_path / "run", *small)])
+    proven = json.loads((tmp_path / "run" / "lossless.json").read_text())
+    assert "LongSpec(drafter, length=5)" in json.dumps(proven)
+
+
+def test_a_drafter_of_another_target_is_refused(files, tmp_path, capsys):
+    other = tmp_path / "other"
+    build_llama(layers=1, seed=5).save_pretrained(other)
+    build_tokenizer().save_pretrained(other)
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *flags(files, tmp_path / "run"), "--target.path", str(other)])
+    assert stop.value.code == 2 and "was distilled for one target" in capsys.readouterr().err
+
+
+def test_the_plan_runs_nothing(files, tmp_path, capsys):
+    main(["evaluate", *flags(files, tmp_path / "run"), "--plan"])
+    assert "what would run" in capsys.readouterr().out
