@@ -219,7 +219,19 @@ class LongSpec(ModelDrafter):
         if self.engine is None or self.engine.view.engine is not setting.target_view.engine:
             self.engine, self._committed = BlockEngine(self.model, setting.target_view), None
         self.engine.view = self._view = setting.target_view
-        super().start(committed, setting, resume)
+        self._check(setting)
+        kept = committed.shared_with(self._committed) if resume else None
+        self._setting, self._committed, self._base = setting, committed, committed.lengths
+        if kept is None:
+            self.cache = None  # its memory can serve again
+            self.cache = self.engine.new_cache(len(committed.tokens))
+        else:
+            self.cache.rollback([min(pair) for pair in zip(self.cache.lengths, kept, strict=True)])
+        # Nothing before the window is looked at, not even to be copied: a start costs the same on any prompt.
+        window = self.engine.config.window
+        firsts = [max(kept, length - 1 - window) for kept, length in zip(self.cache.lengths, self._base, strict=True)]
+        self.cache.skip([first - kept for first, kept in zip(firsts, self.cache.lengths, strict=True)])
+        self.engine.read(self.cache, [text[first:-1] for text, first in zip(committed.tokens, firsts, strict=True)])
 
     def propose(
         self,

@@ -35,6 +35,7 @@ FIGURES = {
         *("free_tokens_4", "free_tokens_8", "free_tokens_16"),
     ),
     "prompt_compression": ("points_over_chunked_25", "ttft_ratio_25"),
+    "longspec_memory": ("kv_bytes_ratio_32k_1k", "startup_ratio_32k_1k"),
     "reference_target": ("code_loss_512",),
     "replay": ("policies_per_second",),
     "speculation": ("speedup_revise", "speedup_code"),
