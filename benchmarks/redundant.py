@@ -212,6 +212,8 @@ def rows(runs: Runs, base: str) -> list[dict]:
                     "speedup": vars(ratio(runs, method, base, task)),
                     "tokens_per_second": total.tokens / sum(each.seconds for each in counted),
                     "tau": total.tau,
+                    "tau_by_first": {who or "none": total.tokens_by[who] / n for who, n in total.rounds_by.items()},
+                    "rounds_by_first": total.rounds_by,
                     "by_source": {label: sources.count(label) / len(sources) for label in sorted(set(sources))},
                     "discard_rate": total.discarded / total.tokens,
                     "verification_rate": total.target_forwards / total.tokens,

@@ -189,6 +189,36 @@ def _mt_bench(row: dict[str, Any], where: str) -> Conversation:
     return Conversation(where, task, f"mt_bench/{row['question_id']}", chat(turns), reference=row.get("reference"))
 
 
+def _mt_redundant(row: dict[str, Any], where: str) -> Conversation:
+    """MT-Bench's shape; the second turn asks for a variation of the first answer (CopySpec)."""
+    turns = _texts(row["turns"], where)
+    task = f"mt_redundant/{row.get('category', 'chat')}"
+    return Conversation(where, task, f"mt_redundant/{row['question_id']}", chat(turns), reference=row.get("reference"))
+
+
+_SELF_CORRECT = (
+    "Write a Python function `solution()` that returns the answer to this problem.\n\n{question}",
+    "Look through your function for mistakes. Say what must be changed, or that nothing must.",
+    "Give the final function, whole. Keep the first one where it was right.",
+)
+
+
+def _gsm8k_self_correct(row: dict[str, Any], where: str) -> Conversation:
+    """A problem of GSM8K in three turns: a program, a look at it, the program again."""
+    number = row["answer"].rsplit("####", 1)[-1].strip()
+    turns = [turn.format(question=row["question"].strip()) for turn in _SELF_CORRECT]
+    return Conversation(where, "gsm8k_self_correct", None, chat(turns), reference=number)
+
+
+def _extraction(row: dict[str, Any], where: str) -> Conversation:
+    """Articles of CNN/DM's shape; the answer is sentences of the article itself."""
+    wish = "Choose the two or three sentences of this article that say most of it, and repeat them word by word."
+    name = f"extraction/{row['id']}" if row.get("id") else None
+    return Conversation(
+        where, "extraction", name, chat([f"{wish}\n\n{row['article'].strip()}"]), reference=row.get("highlights")
+    )
+
+
 SPEC_BENCH_TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")
 
 
@@ -300,6 +330,9 @@ PRESETS: dict[str, Preset] = {
     "mbpp": Preset(_mbpp, lambda keys: {"test_list", "task_id"} <= keys, ("test_list", "task_id")),
     "messages": Preset(_messages, lambda keys: bool({"messages", "conversations"} & keys)),
     "spec_bench": Preset(_spec_bench, lambda keys: False, ("turns", "question_id", "category")),
+    "mt_redundant": Preset(_mt_redundant, lambda keys: False, ("turns", "question_id")),
+    "gsm8k_self_correct": Preset(_gsm8k_self_correct, lambda keys: False, ("question", "answer")),
+    "extraction": Preset(_extraction, lambda keys: {"article", "highlights"} <= keys, ("article",)),
     "mt_bench": Preset(_mt_bench, lambda keys: {"turns", "question_id"} <= keys, ("turns", "question_id")),
     "gsm8k": Preset(_gsm8k, lambda keys: {"question", "answer"} <= keys, ("question", "answer")),
     "alpaca": Preset(_alpaca, lambda keys: {"instruction", "output"} <= keys, ("instruction",)),

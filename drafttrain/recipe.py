@@ -130,9 +130,21 @@ class PromptsConfig:
     hub_split: str = "train"
     """hub: which split of the data set to read"""
     preset: Literal[
-        "auto", "humaneval", "mbpp", "gsm8k", "mt_bench", "spec_bench", "alpaca", "messages", "text", "fields"
+        "auto",
+        "humaneval",
+        "mbpp",
+        "gsm8k",
+        "gsm8k_self_correct",
+        "mt_bench",
+        "mt_redundant",
+        "spec_bench",
+        "extraction",
+        "alpaca",
+        "messages",
+        "text",
+        "fields",
     ] = "auto"
-    """shape of the rows; auto recognises it from the field names"""
+    """shape of the rows; auto recognises it from the field names, mt_redundant and gsm8k_self_correct must be named"""
     fields: dict[str, str] = field(default_factory=dict)
     """preset fields: which fields hold prompt, turns or messages (chat) or text (to be continued without a chat
     template), and answer (recorded, for logged responses), system, tools, task, id, reference"""

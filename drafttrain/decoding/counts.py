@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -21,6 +22,10 @@ class Counts:
         reached_at: of those, rounds that emitted every token before it, so that this one was judged; an end token ends
             the judging. accepted_at / reached_at is the conditional acceptance.
         accepted_at: rounds whose token at each place was emitted.
+        drafted_by: proposed tokens by who proposed them, where several may.
+        accepted_by: of those, the emitted ones.
+        rounds_by: rounds by who proposed the first token; "" for none.
+        tokens_by: emitted tokens of those rounds, bonus included; tokens_by / rounds_by is the tau of each.
         trees_of: rounds that drafted a tree of 0, 1, 2, ... tokens; empty where all drafts were chains.
         prefill_seconds: reading the prompt, both models; a row's share of its batch.
         decode_seconds: all rounds; a row's share of its batch.
@@ -36,6 +41,10 @@ class Counts:
     drafted_at: list[int] = field(default_factory=list)
     reached_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
+    drafted_by: dict[str, int] = field(default_factory=dict)
+    accepted_by: dict[str, int] = field(default_factory=dict)
+    rounds_by: dict[str, int] = field(default_factory=dict)
+    tokens_by: dict[str, int] = field(default_factory=dict)
     trees_of: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -95,16 +104,33 @@ class Counts:
         for place in range(accepted):
             self.accepted_at[place] += 1
 
+    def add_sources(self, emitted: int, drafted: Sequence[str], accepted: Sequence[str]) -> None:
+        """Count who proposed a round's tokens.
+
+        Args:
+            emitted: tokens of the round that were kept.
+            drafted: label of every proposed token.
+            accepted: of those that were emitted.
+        """
+        opened = drafted[0] if drafted else ""
+        for counts, labels in ((self.drafted_by, drafted), (self.accepted_by, accepted), (self.rounds_by, [opened])):
+            for label in labels:
+                counts[label] = counts.get(label, 0) + 1
+        self.tokens_by[opened] = self.tokens_by.get(opened, 0) + emitted
+
     def __add__(self, other: Counts) -> Counts:
-        names = self.draft_forwards.keys() | other.draft_forwards.keys()
         return Counts(
             tokens=self.tokens + other.tokens,
             rounds=self.rounds + other.rounds,
             target_forwards=self.target_forwards + other.target_forwards,
-            draft_forwards={n: self.draft_forwards.get(n, 0) + other.draft_forwards.get(n, 0) for n in sorted(names)},
+            draft_forwards=_sum_by_name(self.draft_forwards, other.draft_forwards),
             drafted=self.drafted + other.drafted,
             accepted=self.accepted + other.accepted,
             discarded=self.discarded + other.discarded,
+            drafted_by=_sum_by_name(self.drafted_by, other.drafted_by),
+            accepted_by=_sum_by_name(self.accepted_by, other.accepted_by),
+            rounds_by=_sum_by_name(self.rounds_by, other.rounds_by),
+            tokens_by=_sum_by_name(self.tokens_by, other.tokens_by),
             drafted_at=_sum(self.drafted_at, other.drafted_at),
             reached_at=_sum(self.reached_at, other.reached_at),
             accepted_at=_sum(self.accepted_at, other.accepted_at),
@@ -139,6 +165,10 @@ class Completion:
     synthetic: bool = False
     origins: list[int | None] = field(default_factory=list)
     approximate: bool = False
+
+
+def _sum_by_name(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    return {name: a.get(name, 0) + b.get(name, 0) for name in sorted(a.keys() | b.keys())}
 
 
 def _sum(a: list[int], b: list[int]) -> list[int]:

@@ -82,4 +82,6 @@ class Row:
             origins += [None if each.origins is None else each.origins[node] for node in nodes] + [None] * others
             forwards = dict(zip(each.members, reply.forwards, strict=False))
             counts.add_round(each.emitted, reply.drafted, len(nodes), forwards, each.seconds, reply.depth)
+            drafted = [each.sources] * reply.drafted if single else each.sources[: reply.drafted]
+            counts.add_sources(each.emitted, drafted, sources[len(sources) - each.emitted :][: len(nodes)])
         return Completion(self.tokens, self.finish_reason, sources, counts, synthetic, origins)

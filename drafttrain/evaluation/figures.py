@@ -102,8 +102,10 @@ def _add_counts(figures: Figures, samples: Sequence[Sample]) -> None:
         counts = sample.counts
         for name in ("tokens", "rounds", "target_forwards", "drafted", "accepted", "discarded"):
             setattr(figures, name, getattr(figures, name) + counts[name])
-        for member, forwards in counts["draft_forwards"].items():
-            figures.draft_forwards[member] = figures.draft_forwards.get(member, 0) + forwards
+        for name in ("draft_forwards", "drafted_by", "accepted_by", "rounds_by", "tokens_by"):
+            total = getattr(figures, name)
+            for member, number in counts.get(name, {}).items():  # older files lack all but the first
+                total[member] = total.get(member, 0) + number
         figures.decode_seconds += sample.decode_seconds
         figures.prefill_seconds += sample.prefill_seconds
     for name in ("drafted_at", "reached_at", "accepted_at", "trees_of"):

@@ -64,6 +64,14 @@ class Figures:
     """rounds that accepted position i"""
     trees_of: list[int] = field(default_factory=list)
     """rounds that drafted a tree of 0, 1, 2, ... tokens"""
+    drafted_by: dict[str, int] = field(default_factory=dict)
+    """proposed tokens by who proposed them"""
+    accepted_by: dict[str, int] = field(default_factory=dict)
+    """of those, the emitted ones"""
+    rounds_by: dict[str, int] = field(default_factory=dict)
+    """rounds by who proposed the first token; "" for none"""
+    tokens_by: dict[str, int] = field(default_factory=dict)
+    """emitted tokens of those rounds"""
     tau: float | None = None
     acceptance_rate: float | None = None
     acceptance_unconditional: list[float] = field(default_factory=list)

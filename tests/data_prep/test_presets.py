@@ -15,6 +15,7 @@ MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write.", "Rewri
 SPEC_BENCH = {"question_id": 161, "category": "translation", "turns": ["Translate: Hallo"], "reference": ["Hello"]}
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
 SHAREGPT = {"id": "x1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+ARTICLE = {"article": "Rain fell. It stopped.", "highlights": "Rain fell.", "id": "a1"}
 CALL = {"type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}
 LOG = {
     "conversation_id": "c7",
@@ -46,6 +47,7 @@ def read(*values, preset="auto", fields=None):
         (ALPACA, "alpaca", None, ["Add."]),
         (SHAREGPT, "chat", "x1", ["Hi"]),
         (LOG, "chat", "c7", ["What time?", "Thanks"]),
+        (ARTICLE, "extraction", "extraction/a1", ["Rain fell. It stopped."]),
         ("Just a line", "text", None, ["Just a line"]),
         ({"prompt": "A prompt"}, "text", None, ["A prompt"]),
     ],
@@ -54,6 +56,14 @@ def test_auto_recognises_a_shape_by_its_fields(row, task, name, said):
     (conversation,) = read(row)
     assert (conversation.task, conversation.name) == (task, name)
     assert all(wanted in text for wanted, text in zip(said, conversation.said(), strict=True))
+
+
+def test_sets_of_a_known_shape_with_another_meaning_are_named():
+    (redundant,) = read(MT_BENCH, preset="mt_redundant")
+    assert (redundant.task, redundant.name) == ("mt_redundant/writing", "mt_redundant/81")
+    (corrected,) = read(GSM8K, preset="gsm8k_self_correct")
+    assert corrected.task == "gsm8k_self_correct" and corrected.reference == "4"
+    assert len(corrected.said()) == 3 and "How many?" in corrected.said()[0]
 
 
 def test_mt_bench_inside_spec_bench_is_one_task():
@@ -141,7 +151,8 @@ def test_a_bad_row_or_setting_is_told_in_one_sentence(rows, options, told):
 def test_every_preset_reads_what_it_recognises():
     shapes = {
         "humaneval": HUMANEVAL, "mbpp": MBPP, "gsm8k": GSM8K, "mt_bench": MT_BENCH, "spec_bench": SPEC_BENCH,
-        "alpaca": ALPACA, "messages": LOG, "text": "a line",
+        "alpaca": ALPACA, "messages": LOG, "text": "a line", "extraction": ARTICLE, "mt_redundant": MT_BENCH,
+        "gsm8k_self_correct": GSM8K,
     }  # fmt: skip
     assert set(shapes) == set(PRESETS), "a preset without a test"
     for preset, row in shapes.items():

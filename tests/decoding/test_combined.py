@@ -391,3 +391,17 @@ def test_what_else_the_loop_gives_reaches_every_member():
 def test_what_cannot_be_built_is_refused(members, text, said):
     with pytest.raises(UserError, match=said):
         build(text, members)
+
+
+def test_counts_say_who_proposed_what(members):
+    decoder = Decoder(
+        members["target"], build("FirstOf(Copy(gamma=2, length=3), Model(small, length=2))", members), GREEDY
+    )
+    for row in decoder.generate(PROMPTS, LIMITS):
+        counts = row.counts
+        assert sum(counts.drafted_by.values()) == counts.drafted
+        assert {who: row.sources.count(who) for who in set(row.sources) - {"target"}} == {
+            who: count for who, count in counts.accepted_by.items() if count
+        }
+        assert sum(counts.rounds_by.values()) == counts.rounds and sum(counts.tokens_by.values()) == counts.tokens
+    assert {"copy", "small"} <= set(sum(row.counts for row in decoder.generate(PROMPTS, LIMITS)).drafted_by)
