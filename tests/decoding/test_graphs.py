@@ -21,6 +21,7 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.graphs import GraphForward, Recording, StoragePool, filled, slots_for
 from drafttrain.decoding.loop import Conversation, Decoder
 from drafttrain.decoding.stopping import Confidence
+from drafttrain.decoding.tree_drafter import TreeDrafter
 from drafttrain.ops.sampling import Sampling
 from tests.decoding.support import pair
 from tests.ops.test_attention import build
@@ -123,6 +124,20 @@ def test_decodes_are_the_same_while_rows_leave(temperature, rule, rows, split):
     engines = [captured(model) for model in models]
     assert decode(engines, sampling, PROMPTS[-rows:], LIMITS[-rows:], **copy.deepcopy(rule)) == plain
     assert all(engine.compiled.captured for engine in engines)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_trees_are_read_beside_the_graphs_in_the_same_storages(temperature, split):
+    """Chains between them, where budgets end, by graphs; what a tree left behind is overwritten or never seen."""
+    found = []
+    for make in (captured, Engine):
+        target, drafter = (make(model) for model in pair())
+        decoder = Decoder(target, TreeDrafter(drafter, [3, 4, 2]), Sampling(temperature), eos_ids=(4,))
+        completions = [*decoder.generate(PROMPTS, LIMITS), *decoder.generate(PROMPTS, LIMITS)]
+        found.append([completion.token_ids for completion in completions])
+        if make is captured:
+            assert drafter.compiled.captured and not drafter.compiled.refused
+    assert found[0] == found[1]
 
 
 def test_later_calls_capture_nothing_and_see_nothing_of_earlier_ones(split):

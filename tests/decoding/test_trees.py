@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine, Output
 from drafttrain.decoding.loop import Decoder
-from drafttrain.decoding.stopping import Confidence, FixedLength
+from drafttrain.decoding.stopping import AcceptanceHeadRule, Confidence, FixedLength
 from drafttrain.decoding.synthetic import SyntheticAcceptance
 from drafttrain.decoding.tree_drafter import TreeDrafter
 from drafttrain.decoding.trees import TreeGrowth
@@ -121,6 +121,31 @@ def test_a_rule_ends_the_tree_of_its_row_alone():
     assert len(fewer.drafted_at) < 2 or fewer.drafted_at[1] < fewer.drafted_at[0]
     for prompt, own in zip(PROMPTS, ruled.generate(PROMPTS, 30), strict=True):
         assert own.token_ids == greedy_reference(target.model, prompt, 30)
+
+
+class Half:
+    """A head that gives every token one half, whatever it reads."""
+
+    features = ("log_q", "entropy", "step")
+
+    def __init__(self, state: str) -> None:
+        self.state = state
+
+    def score(self, hidden_BH, q_B, entropy_B, step_B):
+        assert len(hidden_BH) == len(q_B) == len(entropy_B) == len(step_B)
+        return torch.full_like(q_B, 0.5)
+
+
+@pytest.mark.parametrize(("state", "levels"), [("producing", 2), ("consumed", 3)])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)])
+def test_an_acceptance_head_ends_trees(state, levels, sampling):
+    """1 - 0.5 * 0.5 exceeds 0.6: after two tokens of known score, which on the consumed state are known one later."""
+    target, engine = engines()
+    drafter = WatchedTrees(engine, [3, 3, 3, 3, 3], stop=AcceptanceHeadRule(Half(state), 0.6))
+    done = Decoder(target, drafter, sampling).generate(PROMPTS, 20)
+    assert max(len(own.counts.drafted_at) for own in done) == levels
+    if sampling.greedy:
+        assert [own.token_ids for own in done] == [greedy_reference(target.model, prompt, 20) for prompt in PROMPTS]
 
 
 def test_a_rules_maximum_cuts_the_tree():
