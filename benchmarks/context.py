@@ -60,6 +60,11 @@ class Asked:
         """Task and length."""
         return f"{self.prompt.task}@{self.prompt.length}"
 
+    @property
+    def seed(self) -> int:
+        """Of the document."""
+        return int(self.prompt.prompt_id.split("/")[-2])
+
 
 def asked(models: Models, plan: Plan, first_seed: int = HELD_OUT) -> Iterator[Asked]:
     """Prompts of a plan, the tasks in turn, so that an unfinished run is a fair sample."""
@@ -95,6 +100,12 @@ def recorded(folder: Path | None, wanted: Iterator[Asked], measure: Callable[[As
     return rows
 
 
+def part_of(wanted: Iterator[Asked], part: str) -> Iterator[Asked]:
+    """Documents of one of several processes that share a run: "0/2" are those with an even seed, "1/2" the others."""
+    number, parts = map(int, part.split("/"))
+    return (each for each in wanted if each.seed % parts == number)
+
+
 def at_hand(folder: Path, wanted: Iterator[Asked]) -> Iterator[Asked]:
     """Prompts that were measured already."""
     known = _known(folder)
@@ -109,8 +120,10 @@ def _known(folder: Path | None) -> dict[str, dict]:
     path = folder / "rows.jsonl"
     if not path.exists():
         return {}
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(lines), encoding="utf-8")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        path.write_text("".join(lines), encoding="utf-8")
     return {row["id"]: row for row in map(json.loads, lines)}
 
 

@@ -35,7 +35,20 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from benchmarks.common import finish  # noqa: E402
-from benchmarks.context import PLAN, QUICK, Asked, asked, at_hand, counted, figure_of, points, recorded, share, spread  # noqa: E402
+from benchmarks.context import (  # noqa: E402
+    PLAN,
+    QUICK,
+    Asked,
+    asked,
+    at_hand,
+    counted,
+    figure_of,
+    part_of,
+    points,
+    recorded,
+    share,
+    spread,
+)
 from benchmarks.pair import reference_models  # noqa: E402
 from drafttrain.context.ahead import DraftAhead  # noqa: E402
 from drafttrain.context.budgets import Budget, Protected  # noqa: E402
@@ -222,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/kv_dropping"), help="folder of the rows; a run goes on")
     parser.add_argument("--quick", action="store_true", help="few short prompts, nothing kept")
+    parser.add_argument("--part", default="0/1", help="of several processes that share the run, e.g. 0/2 and 1/2")
     parser.add_argument("--rows-at-hand", action="store_true", help="measure no further prompts")
     parser.add_argument("--rows-only", action="store_true", help="stop before the timed part")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
@@ -230,6 +244,7 @@ def main() -> None:
     readers = tuple(Reader(engine) for engine in models.engines())
     wanted = asked(models, QUICK if options.quick else PLAN)
     folder = None if options.quick else options.run
+    wanted = part_of(wanted, options.part)
     if options.rows_at_hand:
         wanted = at_hand(folder, wanted)
     rows = recorded(folder, wanted, lambda each: measure(readers, models.ends, each))

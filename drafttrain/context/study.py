@@ -23,7 +23,7 @@ from drafttrain.context.scorers import Oracle, Scorer, rows_from
 from drafttrain.context.scoring import Looked, attention_mass
 from drafttrain.context.watching import QueryWatch
 from drafttrain.decoding.engine import Engine, pad
-from drafttrain.ops.attention import attention, windows_by_layer
+from drafttrain.ops.attention import windows_by_layer
 from drafttrain.ops.cache import DenseCache
 from drafttrain.ops.ragged import RaggedCache
 
@@ -108,13 +108,16 @@ class Reader:
         """
         queries, how = [], []
 
-        def attend(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
-            queries.append(query[0])
-            how.append((scaling, softcap))
-            return attention(module, query, key, value, mask, scaling, softcap, **kwargs)
+        def watch(cache, usual):
+            def attend(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
+                queries.append(query[0])
+                how.append((scaling, softcap))
+                return usual(module, query, key, value, mask, scaling, softcap, **kwargs)
+
+            return attend
 
         engine = self.engine
-        before, engine.watch = engine.watch, lambda cache, positions: attend
+        before, engine.watch = engine.watch, watch
         try:
             logits = engine.forward(self.cache, torch.tensor([list(tokens)], device=engine.device)).logits
         finally:

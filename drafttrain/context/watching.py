@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drafttrain.context.scoring import Looked
 from drafttrain.decoding.engine import Engine
-from drafttrain.ops.attention import Attend, attention, windows_by_layer
+from drafttrain.ops.attention import Attend, windows_by_layer
 from drafttrain.ops.cache import DenseCache
 
 
@@ -64,14 +64,14 @@ class QueryWatch:
         positions = torch.arange(text + drafted, device=device)
         return Looked(query, key, rows, positions, self._windows[layer], *self._how[layer])
 
-    def _watch(self, cache: DenseCache, positions: Tensor) -> Attend:
+    def _watch(self, cache: DenseCache, usual: Attend) -> Attend:
         self._cache = cache
         starts = list(cache.lengths)
 
         def attend(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
             self._keep(module.layer_idx, query, starts)
             self._how[module.layer_idx] = (scaling, softcap)
-            return attention(module, query, key, value, mask, scaling, softcap, **kwargs)
+            return usual(module, query, key, value, mask, scaling, softcap, **kwargs)
 
         return attend
 

@@ -28,6 +28,7 @@ from drafttrain.ops.attention import (
     Attend,
     attending,
     attending_by,
+    attention,
     layer_windows,
     prepare_mask,
     prepare_tree_mask,
@@ -44,11 +45,12 @@ class Output(NamedTuple):
 
     Attributes:
         logits: [B, K, V], or None where none were asked for.
-        hidden: [B, K, H] the last hidden state, after the final norm (what transformers calls hidden_states[-1]).
+        hidden: [B, K, H] the last hidden state, after the final norm (what transformers calls hidden_states[-1]); None
+            where nothing was kept but the cache.
     """
 
     logits: Tensor | None
-    hidden: Tensor
+    hidden: Tensor | None
 
 
 class Engine:
@@ -63,8 +65,8 @@ class Engine:
 
     Attributes:
         entries: token ids below this can be read.
-        watch: a function of a cache and the positions [B or 1, Q] of its open span that gives the attention to use in
-            place of ours (`drafttrain.context` looks at queries with it); None for ours. Graphs are not used then.
+        watch: a function of a cache with an open span, and of the attention to be used, that gives one to use in its
+            place (`drafttrain.context` looks at queries with it); None for none. Graphs are not used then.
 
     Raises:
         UserError: the model has layers that cannot be rolled back (recurrent, chunked) or no such vocabulary, or its
@@ -101,7 +103,7 @@ class Engine:
         if not 0 < self.vocabulary <= rows:
             raise UserError(f"a vocabulary of {self.vocabulary} tokens does not fit a model with {rows} output rows")
         self.body = model.get_decoder()
-        self.watch: Callable[[DenseCache, Tensor], Attend] | None = None
+        self.watch: Callable[[DenseCache, Attend], Attend] | None = None
         self.compiled: CompiledForward | GraphForward | None = None
         if compiled:
             self.compiled = GraphForward(self) if self.device.type == "cuda" else CompiledForward(self)
@@ -121,7 +123,7 @@ class Engine:
         try:
             with attending(self.config, "eager"):  # others may lack what a family needs, like capped scores
                 own_QV = self.model(input_ids=tokens_1Q, use_cache=False).logits[0, 4:, : self.vocabulary]
-            self.forward(cache, tokens_1Q[:, :4], keep=None)
+            self.forward(cache, tokens_1Q[:, :4], keep="cache")
             logits_QV = self.forward(cache, tokens_1Q[:, 4:]).logits[0]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -184,14 +186,15 @@ class Engine:
             cache: from `new_cache`, or a ragged one; its rows grow by their counts.
             tokens_BQ: int64 [B, Q], padded on the right.
             counts: real tokens of each row; None means Q for all.
-            keep: "all" positions, the "last" real one of each row, or None for no logits.
+            keep: "all" positions, the "last" real one of each row, None for no logits, or "cache" for nothing but
+                what the cache holds then.
             tree: what the tokens see of each other, where they are no chain; what precedes the tree they see all.
 
         Returns:
             logits [B, K, V] and hidden [B, K, H] with K = Q ("all") or 1 ("last").
         """
         cache.open(tokens_BQ.shape[1])
-        watched = isinstance(cache, RaggedCache) or self.watch is not None
+        watched = isinstance(cache, RaggedCache) or self.watch is not None or keep == "cache"
         if self.compiled is not None and not watched and self.compiled.fits(cache, keep, tree is not None):
             given = () if tree is None else (self._given(cache, tree),)
             found = self.compiled(cache, tokens_BQ, keep == "last" and counts is None, *given)
@@ -202,7 +205,7 @@ class Engine:
                     hidden_BKH, logits_BKV = _last_real(hidden_BKH, counts), _last_real(logits_BKV, counts)
                 return Output(logits_BKV, hidden_BKH)
         positions_BQ = cache.query_positions() if tree is None else _positions(cache, tree)
-        with self._attending(cache, positions_BQ, tree) as mask:
+        with self._attending(cache, positions_BQ, tree, keep != "cache") as mask:
             hidden_BQH = self.body(
                 input_ids=tokens_BQ,
                 attention_mask=mask,
@@ -211,6 +214,8 @@ class Engine:
                 use_cache=True,
             ).last_hidden_state
         cache.advance(counts)
+        if keep == "cache":
+            return Output(None, None)
         if keep is None:
             return Output(None, hidden_BQH)
         if keep == "last" and tokens_BQ.shape[1] > 1:
@@ -225,9 +230,12 @@ class Engine:
 
     @contextmanager
     def _attending(
-        self, cache: DenseCache | RaggedCache, positions_BQ: Tensor, tree: TreeBlock | None
+        self, cache: DenseCache | RaggedCache, positions_BQ: Tensor, tree: TreeBlock | None, whole: bool
     ) -> Iterator[Tensor | dict[str, Tensor]]:
-        """Inside, the model attends as this cache wants it to; what is given is the mask for it."""
+        """Inside, the model attends as this cache wants it to; what is given is the mask for it.
+
+        ``whole``: the last layer attends too, which only its output needs, not the cache.
+        """
         if isinstance(cache, RaggedCache):
             if tree is not None:
                 raise UserError("a tree of tokens cannot be read where keys were dropped; draft a chain")
@@ -236,10 +244,21 @@ class Engine:
             return
         mask = self.masks(lambda window: self._mask(cache, positions_BQ, window, tree))
         way = attending(self.config)
+        attend = attention if whole else self._attend_but_last
         if self.watch is not None:
-            way = attending_by(self.config, self.watch(cache, positions_BQ))
+            way = attending_by(self.config, self.watch(cache, attend))
+        elif not whole:
+            way = attending_by(self.config, attend)
         with way:
             yield mask
+
+    def _attend_but_last(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, None]:
+        """`attention`, and nothing in the last layer: a two-layer drafter reads a long prompt in half the time."""
+        if module.layer_idx < self.layers - 1:
+            return attention(module, query, key, value, *args, **kwargs)
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def masks(self, make: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
         """One mask a kind of layer, made from its window, as the model takes them."""
@@ -263,7 +282,7 @@ class Engine:
         for start in range(0, longest, self.chunk):
             pieces = [list(row[start : start + self.chunk]) for row in rows]
             tokens_BQ, counts = pad(pieces, self.device)
-            self.forward(cache, tokens_BQ, counts, keep=None)
+            self.forward(cache, tokens_BQ, counts, keep="cache")
 
 
 def _positions(cache: DenseCache, tree: TreeBlock) -> Tensor:

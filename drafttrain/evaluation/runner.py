@@ -236,7 +236,7 @@ class _Watch:
 
     def _forward(self, forward: Callable[..., Output]) -> Callable[..., Output]:
         def timed(cache: Any, tokens_BQ: Any, counts: Any = None, keep: str | None = "all", **more: Any) -> Output:
-            if self._drafting or keep is None:  # a drafter that is the target itself; a prompt being read
+            if self._drafting or keep in (None, "cache"):  # a drafter that is the target itself; a prompt being read
                 return forward(cache, tokens_BQ, counts, keep, **more)
             start = self._now()
             output = forward(cache, tokens_BQ, counts, keep, **more)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers as hf
 
-from drafttrain.decoding.engine import Engine
+import drafttrain.decoding.engine as engine_module
+from drafttrain.decoding.engine import Engine, pad
 from drafttrain.ops.attention import FOLD_ROWS
 
 BASE = {
@@ -122,6 +123,28 @@ def test_a_single_row_without_masks(model, rows):
     first = engine.forward(cache, torch.tensor([rows[0][:9]])).logits
     steps = [engine.forward(cache, torch.tensor([[token]])).logits for token in rows[0][9:]]
     assert (torch.cat([first, *steps], 1)[0] - reference).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_a_prompt_is_read_without_the_last_layers_attention(model, rows, monkeypatch):
+    """Nothing that stays depends on it: every layer's keys and values are those of a forward with logits."""
+    engine = Engine(model, chunk=7)
+    read, whole = engine.new_cache(3), engine.new_cache(3)
+    asked = []
+    own = engine_module.attention
+
+    def watched(module, *args, **kwargs):
+        asked.append(module.layer_idx)
+        return own(module, *args, **kwargs)
+
+    monkeypatch.setattr(engine_module, "attention", watched)
+    engine.read(read, rows)
+    assert set(asked) == {0, 1}
+    engine.forward(whole, *pad(rows, engine.device))
+    for one, other in zip(read.layers, whole.layers, strict=True):
+        for row, text in enumerate(rows):
+            for mine, theirs in ((one.keys, other.keys), (one.values, other.values)):
+                assert (mine[row, :, : len(text)] - theirs[row, :, : len(text)]).abs().max() < 1e-5
 
 
 @torch.inference_mode()
