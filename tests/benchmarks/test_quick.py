@@ -36,6 +36,9 @@ FIGURES = {
     ),
     "prompt_compression": ("points_over_chunked_25", "ttft_ratio_25"),
     "longspec_memory": ("kv_bytes_ratio_32k_1k", "startup_ratio_32k_1k"),
+    "longspec_positions": (
+        *("tau_ratio_plain", "tau_ratio_anchor_offset", "tau_ratio_multi_gap", "target_loss_delta", "noisy_gain"),
+    ),
     "reference_target": ("code_loss_512",),
     "replay": ("policies_per_second",),
     "speculation": ("speedup_revise", "speedup_code"),

@@ -49,10 +49,33 @@ PAIRS = {
 }  # fmt: skip
 
 
+LONGSPEC = {
+    "longspec/llama3.1-8b.yaml": LlamaConfig(**TINY | {"max_position_embeddings": 32768}, num_hidden_layers=3),
+    "longspec/qwen3-8b.yaml": Qwen3Config(**TINY | {"max_position_embeddings": 40960}, num_hidden_layers=3),
+    "longspec/qwen3-32b.yaml": Qwen3Config(
+        **TINY | {"max_position_embeddings": 40960, "num_attention_heads": 8, "num_key_value_heads": 1},
+        num_hidden_layers=3,
+    ),
+}
+
+
 def save(config, folder):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.parametrize("recipe", LONGSPEC)
+def test_a_longspec_recipe_plans_and_trains_on_tiny_weights_of_its_architecture(recipe, tmp_path, capsys):
+    words = ["--config", str(RECIPES / recipe), "--run", str(tmp_path / "run")]
+    words += ["--target.path", save(LONGSPEC[recipe], tmp_path / "target")]
+    save_responses(tmp_path / "run" / "responses", tmp_path / "target", rows=12)
+    main([*words, "--plan"])
+    assert "memory of one process" in capsys.readouterr().out
+    main([*words, "--training.arguments.max_steps", "1", "--training.tau_evaluations", "1"])
+    drafter = AutoConfig.from_pretrained(tmp_path / "run" / "drafter")
+    assert drafter.model_type == "longspec" and drafter.kv_layer == 2
+    assert drafter.qk_norm == recipe.startswith("longspec/qwen3")
 
 
 @pytest.fixture(params=PAIRS)
