@@ -71,6 +71,8 @@ def render_html(report: Report, folder: Path, titles: Mapping[str, str]) -> str:
         body.append(f"<h2>Measured, {escape(name)}</h2>")
         body.append(_table(cells.METHOD_COLUMNS, cells.method_cells(report, name)))
         body.append(f"<h3>Speed-up by task</h3>{_table(*cells.task_cells(report, name))}")
+        if sources := cells.source_cells(report, name):
+            body.append(f"<h3>Who wrote the tokens</h3>{_table(cells.SOURCE_COLUMNS, sources)}")
     for name in titles:
         if name not in ("speedup", "load"):
             body.append(_plot(report, folder, name, titles))

@@ -17,6 +17,7 @@ from drafttrain.evaluation.tables import (
     EXACT_COLUMNS,
     LOAD_COLUMNS,
     METHOD_COLUMNS,
+    SOURCE_COLUMNS,
     VERIFY_COLUMNS,
     cost_cells,
     exactness_cells,
@@ -25,6 +26,7 @@ from drafttrain.evaluation.tables import (
     load_notes,
     method_cells,
     method_notes,
+    source_cells,
     table,
     task_cells,
     verify_cells,
@@ -75,6 +77,8 @@ def markdown(report: Report) -> str:
         parts += ["", f"## Measured, {name}", "", *table(METHOD_COLUMNS, method_cells(report, name))]
         parts += ["", left_out(report, name)]
         parts += ["", f"### Speed-up by task, {name}", "", *table(*task_cells(report, name))]
+        if sources := source_cells(report, name):
+            parts += ["", f"### Who wrote the tokens, {name}", "", *table(SOURCE_COLUMNS, sources)]
         parts += ["", f"### Costs, {name}", "", *table(COST_COLUMNS, cost_cells(report, name))]
     for load in report.load:
         parts += ["", f"## Under load, {load.sampling}", "", *table(LOAD_COLUMNS, load_cells(load)), ""]

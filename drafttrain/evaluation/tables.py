@@ -74,6 +74,43 @@ def task_cells(report: Report, sampling: str) -> tuple[list[str], list[list[str]
     return columns, cells
 
 
+SOURCE_COLUMNS = (
+    "method",
+    "task",
+    "tokens by whom",
+    "tokens per round, by who drafts first",
+    "accepted of drafted",
+    "discard rate",
+    "verification rate",
+)
+
+
+def source_cells(report: Report, sampling: str) -> list[list[str]]:
+    """Who wrote the tokens, by method and task: of methods in which more than one member proposes, or copies."""
+    cells = []
+    for row in report.of(sampling):
+        if set(row.overall.drafted_by) <= set(row.overall.draft_forwards) and len(row.overall.drafted_by) < 2:
+            continue
+        for task, own in row.tasks.items():
+            if own.tokens:
+                cells.append([f"`{row.method}`", task, *_sources(own)])
+    return cells
+
+
+def _sources(own: Figures) -> list[str]:
+    target = own.tokens - sum(own.accepted_by.values())
+    written = {**own.accepted_by, "target": target}
+    first = {who or "nobody": own.tokens_by[who] / rounds for who, rounds in own.rounds_by.items()}
+    shares = {who: own.accepted_by.get(who, 0) / drafted for who, drafted in own.drafted_by.items()}
+    return [
+        ", ".join(f"{who} {count / own.tokens:.0%}" for who, count in written.items()),
+        ", ".join(f"{who} {tau:.2f}" for who, tau in first.items()),
+        ", ".join(f"{who} {share:.0%}" for who, share in shares.items()),
+        number(own.discard_rate, ".2f"),
+        number(own.verification_rate, ".2f"),
+    ]
+
+
 def _interval(figures: Figures | None) -> str:
     if figures is None or figures.speedup is None:
         return "-"

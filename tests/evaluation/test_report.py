@@ -166,3 +166,22 @@ def test_no_text_of_a_plot_leaves_the_picture_or_covers_another():
             overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.shrunk(0.9, 0.9).overlaps(b)]
             assert not overlaps, name
             pyplot.close(figure)
+
+
+def test_who_wrote_the_tokens_is_told_where_several_may(tmp_path):
+    made, _ = synthetic.report()
+    row = next(row for row in made.methods if row.sampling == "greedy" and row.kind == "fixed")
+    assert tables.source_cells(made, "greedy") == []
+    row.method = "FirstOf(Copy(), Model(drafter, length=3))"
+    for figures in (row.overall, *row.tasks.values()):
+        figures.drafted_by = {"copy": 20, "drafter": 30}
+        figures.accepted_by = {"copy": 15, "drafter": 10}
+        figures.rounds_by = {"copy": 4, "drafter": 10, "": 1}
+        figures.tokens_by = {"copy": 18, "drafter": 20, "": 1}
+    cells = tables.source_cells(made, "greedy")
+    assert [line[1] for line in cells] == list(row.tasks)
+    assert cells[0][3] == "copy 4.50, drafter 2.00, nobody 1.00"
+    assert cells[0][4] == "copy 75%, drafter 33%"
+    report.write(made, {}, RunFolder(tmp_path))
+    for page in ("report.md", "report.html"):
+        assert "Who wrote the tokens" in (tmp_path / page).read_text()
