@@ -39,6 +39,7 @@ FIGURES = {
     "longspec_positions": (
         *("tau_ratio_plain", "tau_ratio_anchor_offset", "tau_ratio_multi_gap", "target_loss_delta", "noisy_gain"),
     ),
+    "longspec_speed": ("speedup_over_autoregressive", "speedup_over_causal_drafter"),
     "reference_target": ("code_loss_512",),
     "replay": ("policies_per_second",),
     "speculation": ("speedup_revise", "speedup_code"),

@@ -1,0 +1,123 @@
+"""Tokens a second of LongSpec drafting at long contexts, beside autoregressive decoding and an ordinary drafter.
+
+    python benchmarks/longspec_speed.py --output results.json
+    python benchmarks/longspec_speed.py --quick     short contexts, few questions, a minute; its figures say nothing
+
+The reference target with the reference LongSpec drafter and the reference drafter (two layers distilled on the same
+stream), bfloat16, greedy, on held-out *recall* and *self_correct* of some thousand tokens. Each drafter's length is the
+one that is fastest on a first part of the questions; it is measured on the others, all methods interleaved.
+
+speedup_over_autoregressive     decoding rate of LongSpec over the target's alone
+speedup_over_causal_drafter     decoding rate of LongSpec over that with the ordinary drafter
+tau_longspec, tau_causal        tokens a round
+kv_bytes_longspec, _causal      what each drafter keeps behind the longest prompt
+
+`_low` and `_high` end 95 % intervals over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import finish  # noqa: E402
+from benchmarks.pair import CHECKPOINTS, GREEDY, held_out_questions, reference_models  # noqa: E402
+from drafttrain.decoding.counts import Completion, Counts  # noqa: E402
+from drafttrain.evaluation.pair import Models  # noqa: E402
+from drafttrain.evaluation.questions import Question  # noqa: E402
+from drafttrain.evaluation.runner import interleave  # noqa: E402
+from drafttrain.models.loading import load_drafter  # noqa: E402
+
+BASE = "Autoregressive()"
+LENGTHS = (1, 2, 3, 4, 6)
+RESAMPLES = 1000
+
+
+def main() -> None:
+    """Tune, measure, print."""
+    options = _options()
+    models = reference_models()
+    models.others["block"] = load_drafter(options.drafter, "bfloat16")
+    mixture = {"recall": options.questions, "self_correct": options.questions}
+    asked = held_out_questions(models, mixture, options.tokens, dict.fromkeys(mixture, options.length))
+    tuning, test = asked[: len(asked) // 3], asked[len(asked) // 3 :]
+    chosen = {"longspec": "LongSpec(block, length={})", "causal": "Model(drafter, length={})"}
+    tried = {name: [method.format(length) for length in LENGTHS] for name, method in chosen.items()}
+    found = run(models, tuning, [BASE, *tried["longspec"], *tried["causal"]], options.repeats)
+    chosen = {name: max(methods, key=lambda method: rate(found[method])) for name, methods in tried.items()}
+    print(f"chosen: {chosen}", flush=True)
+    measured = run(models, test, [BASE, *chosen.values()], options.repeats)
+    own = measured[chosen["longspec"]]
+    figures = ratio("speedup_over_autoregressive", own, measured[BASE])
+    figures |= ratio("speedup_over_causal_drafter", own, measured[chosen["causal"]])
+    for name, method in chosen.items():
+        counts = sum((runs[0].counts for runs in measured[method]), Counts())
+        figures[f"tau_{name}"] = counts.tau
+        figures[f"kv_bytes_{name}"] = kept(models, method, max(test, key=lambda question: len(question.ids)))
+    rows = [
+        {"method": method, "prompt": len(question.ids), "tokens": len(runs[0].token_ids), "seconds": seconds(runs)}
+        for method, answers in measured.items()
+        for question, runs in zip(test, answers, strict=True)
+    ]
+    finish("longspec_speed", figures, rows, options.output)
+
+
+def run(
+    models: Models, questions: Sequence[Question], methods: Sequence[str], repeats: int
+) -> dict[str, list[list[Completion]]]:
+    """Completions of every method, all repeats of each question."""
+    decoders = {method: models.decoder(method, GREEDY, 0) for method in methods}
+    return interleave(decoders, questions, 1, repeats, 1, "runs")
+
+
+def seconds(runs: Sequence[Completion]) -> float:
+    """Decoding time of an answer: its least disturbed repeat's."""
+    return min(each.counts.decode_seconds for each in runs)
+
+
+def rate(answers: Sequence[Sequence[Completion]]) -> float:
+    """Tokens a second."""
+    return sum(len(runs[0].token_ids) for runs in answers) / sum(map(seconds, answers))
+
+
+def ratio(name: str, own: Sequence[Sequence[Completion]], base: Sequence[Sequence[Completion]]) -> dict[str, float]:
+    """Ratio of rates, with its interval over questions."""
+    draw, resampled = random.Random(0), []
+    for _ in range(RESAMPLES):
+        places = draw.choices(range(len(own)), k=len(own))
+        resampled.append(rate([own[place] for place in places]) / rate([base[place] for place in places]))
+    cuts = statistics.quantiles(resampled, n=40)
+    return {name: rate(own) / rate(base), f"{name}_low": cuts[0], f"{name}_high": cuts[-1]}
+
+
+def kept(models: Models, method: str, question: Question) -> int:
+    """Bytes that a drafter keeps of a text."""
+    decoder = models.decoder(method, GREEDY, 0)
+    decoder.generate([question.ids], 8)
+    return decoder.drafter.cache.memory_bytes()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drafter", default=str(CHECKPOINTS / "reference-longspec"), help="a LongSpec drafter")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a prompt with its reference answer")
+    parser.add_argument("--questions", type=int, default=24, help="conversations of each task")
+    parser.add_argument("--tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--quick", action="store_true", help="short and few")
+    parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
+    options = parser.parse_args()
+    if options.quick:
+        options.length, options.questions, options.tokens, options.repeats = 512, 3, 16, 1
+    return options
+
+
+if __name__ == "__main__":
+    main()
