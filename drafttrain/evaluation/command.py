@@ -23,6 +23,7 @@ from drafttrain.config import Parsed, SamplingConfig
 from drafttrain.distributed import say
 from drafttrain.errors import UserError
 from drafttrain.evaluation import figures
+from drafttrain.evaluation.contexts import by_context
 from drafttrain.evaluation.cost import predict
 from drafttrain.evaluation.environment import describe, load, peak_bytes, streamed_bytes
 from drafttrain.evaluation.exactness import greedy_check, identity_check, not_checked, sampled_check
@@ -40,6 +41,7 @@ from drafttrain.evaluation.runner import Timings, answer, batches, instrument_al
 from drafttrain.evaluation.schema import (
     AUTOREGRESSIVE,
     SCHEMA_VERSION,
+    ContextBucket,
     Costs,
     Exactness,
     ExampleAnswer,
@@ -128,6 +130,7 @@ class _Measured:
     costs: dict[str, Costs] = field(default_factory=dict)
     timings: dict[str, Timings] = field(default_factory=dict)
     memory: dict[str, int | None] = field(default_factory=dict)
+    contexts: list[ContextBucket] = field(default_factory=list)
     lossless: dict[str, list[Exactness]] = field(default_factory=dict)
 
 
@@ -182,6 +185,7 @@ class Evaluation:
             examples=[example for each in measured for example in self._examples(each)],
             load=studied,
             head=self.head_metrics,
+            contexts=[bucket for each in measured for bucket in each.contexts],
             tau_history=self.tau_history,
             notes=self.notes,
         )
@@ -279,6 +283,7 @@ class Evaluation:
         measured.timings = instrument_all(decoders, spread, models.engines())
         widest = max([config.max_length, *map(widest_of, methods)])
         measured.costs = by_family([measured.calibration, measured.timings], widest + 1)
+        measured.contexts = by_context(measured.questions, measured.samples, decoders, measured.name)
         decoders.clear()  # their caches are no memory of the next method's
         for method in methods:
             measured.memory[method] = self._peak_bytes(method, sampling, groups[0])

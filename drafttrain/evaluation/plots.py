@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from drafttrain.evaluation.context_plot import contexts
 from drafttrain.evaluation.load import Load
 from drafttrain.evaluation.methods import head_of, kind_of, parameter_of
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint
@@ -457,5 +458,6 @@ PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "pareto": pareto,
     "reliability": reliability,
     "breakdown": breakdown,
+    "contexts": contexts,
     "tau_history": tau_history,
 }

@@ -41,6 +41,7 @@ PLOT_TITLES = {
     "pareto": "Verification rate against discard rate, every setting replayed",
     "reliability": "Reliability of the acceptance head",
     "breakdown": "Where the time goes",
+    "contexts": "Longer prompts: tokens per round, speed, and what the drafter keeps",
     "tau_history": "Tokens per round while training",
 }
 

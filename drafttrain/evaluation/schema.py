@@ -301,6 +301,25 @@ class Verdict:
 
 
 @dataclass
+class ContextBucket:
+    """A method on the prompts of about one length."""
+
+    method: str
+    sampling: str
+    context: int
+    """longest prompt of the bucket, in tokens"""
+    prompts: int
+    tokens: int
+    tau: float
+    tokens_per_second: float
+    """of decoding, without reading the prompt"""
+    prefill_seconds: float
+    """of reading a prompt, mean"""
+    drafter_kv_bytes: int | None
+    """keys and values that the drafter keeps behind the longest prompt; None without such"""
+
+
+@dataclass
 class Report:
     """report.json."""
 
@@ -317,6 +336,8 @@ class Report:
     """larger batches, by decoding setting; empty where none were asked for (evaluate.batch_sizes)"""
     head: dict[str, Any] | None = None
     """metrics.json of the acceptance head"""
+    contexts: list[ContextBucket] = field(default_factory=list)
+    """by length of the prompt; empty where all are of about one length"""
     tau_history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """what else a reader must know of how this was measured, a sentence each"""

@@ -43,6 +43,19 @@ def test_the_report_has_its_methods_and_output_is_exact(files, tmp_path):
     assert report.verdict.decision != "not exact"
 
 
+def test_longer_prompts_are_told_apart(files, tmp_path, monkeypatch):
+    from drafttrain.evaluation import contexts
+
+    monkeypatch.setattr(contexts, "SHORTEST", 64)
+    main(["evaluate", *flags(files, tmp_path / "run"), "--evaluate.methods", '["LongSpec(drafter, length=2)"]'])
+    report = read_report(tmp_path / "run")
+    drafted = [bucket for bucket in report.contexts if bucket.method == "LongSpec(drafter, length=2)"]
+    assert len(drafted) >= 2 and [bucket.context for bucket in drafted] == sorted({b.context for b in drafted})
+    assert len({bucket.drafter_kv_bytes for bucket in drafted}) == 1, "it grows with the prompt"
+    assert all(bucket.tau >= 1 and bucket.prefill_seconds > 0 for bucket in report.contexts)
+    assert (tmp_path / "run" / report.plots["contexts"]).is_file()
+
+
 def test_it_is_proven_lossless_and_the_controls_fail(files, tmp_path):
     small = ("--evaluate.answers", "800", "--evaluate.samplings", '[{"temperature": 1.0}]')
     main(["lossless", *flags(files, tmp_path / "run", *small)])
