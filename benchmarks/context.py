@@ -127,6 +127,14 @@ def _known(folder: Path | None) -> dict[str, dict]:
     return {row["id"]: row for row in map(json.loads, lines)}
 
 
+def compact(rows: Sequence[dict]) -> dict[str, list[str]]:
+    """Rows as a results file keeps them: what the columns are, and a line a prompt."""
+    columns = [name for name in rows[0]["outcomes"] if ":" not in name] if rows else []
+    first = ["dense"] if rows and "dense" in rows[0] else []
+    lines = [" ".join([row["id"], *(f"{_value(row, name):g}" for name in [*first, *columns])]) for row in rows]
+    return {"columns": ["id", *first, *columns], "prompts": lines}
+
+
 def counted(rows: Sequence[dict]) -> list[dict]:
     """Rows of the groups that the dense target can do."""
     groups: dict[str, list[dict]] = {}

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +40,7 @@ from benchmarks.context import (  # noqa: E402
     Asked,
     asked,
     at_hand,
+    compact,
     counted,
     figure_of,
     part_of,
@@ -77,7 +77,7 @@ LEAST_LOSS = 5.0
 """Points that SnapKV loses at the budget that counts."""
 
 TIMED = 8192
-REPEATS = 5
+REPEATS = 3
 
 
 class Way(NamedTuple):
@@ -180,7 +180,7 @@ def cost(models: Models, length: int, repeats: int) -> dict[str, float]:
         [whole] = dense.generate([prompt], 33)
         [part] = dropped.generate([prompt], 33)
         split = dropped.split
-        base = prefill_seconds(target, prompt)
+        base = whole.counts.prefill_seconds
         overhead.append((split.draft_prefill + split.draft_decode + split.scoring) / base)
         floor.append(split.draft_prefill / base)
         speed.append(rate(part) / rate(whole))
@@ -195,15 +195,6 @@ def cost(models: Models, length: int, repeats: int) -> dict[str, float]:
 def rate(completion) -> float:
     """Tokens a second after the prompt."""
     return completion.counts.tokens / completion.counts.decode_seconds
-
-
-def prefill_seconds(engine, prompt: list[int]) -> float:
-    """Of the dense target."""
-    cache = engine.new_cache(1, len(prompt))
-    started = time.perf_counter()
-    with torch.inference_mode():
-        engine.read(cache, [prompt])
-    return time.perf_counter() - started
 
 
 def middle(values: list[float]) -> Interval:
@@ -252,7 +243,7 @@ def main() -> None:
         return
     figures = quality(rows) | cost(models, 512 if options.quick else TIMED, 1 if options.quick else REPEATS)
     figures["scoring_bytes_64k"] = scoring_bytes(2048 if options.quick else 65536)
-    finish("kv_dropping", figures, rows, options.output)
+    finish("kv_dropping", figures, compact(rows), options.output)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,20 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.common import finish  # noqa: E402
-from benchmarks.context import LONG_TASKS, QUICK, Asked, Size, asked, at_hand, counted, points, recorded, share, spread  # noqa: E402
+from benchmarks.context import (  # noqa: E402
+    LONG_TASKS,
+    QUICK,
+    Asked,
+    Size,
+    asked,
+    at_hand,
+    compact,
+    counted,
+    points,
+    recorded,
+    share,
+    spread,
+)
 from benchmarks.kv_dropping import middle  # noqa: E402
 from benchmarks.pair import reference_models  # noqa: E402
 from drafttrain.context.ahead import DraftAhead  # noqa: E402
@@ -56,7 +69,7 @@ PLAN = {4096: Size(1, 8), 8192: Size(1, 8, LONG_TASKS), 2048: Size(4, 8)}
 """A part of the documents of kv_dropping.py."""
 
 TIMED = 8192
-REPEATS = 5
+REPEATS = 3
 
 
 def methods(budget: float = SHARE) -> dict[str, PromptCompression]:
@@ -110,8 +123,8 @@ def cost(models: Models, length: int, repeats: int) -> dict[str, float]:
         parts.append({**vars(cut.split), "dense": whole, "compressed": part})
     found = spread("ttft_ratio_25", middle(ratios))
     found |= {f"seconds_{name}": statistics.median(own[name] for own in parts) for name in parts[0]}
-    lengths = [length // 8, length // 4, length // 2, length]
-    costs = [PrefillCost.measured(engine, lengths, repeats=min(repeats, 3)) for engine in (target, drafter)]
+    lengths = [length // 8, length // 4, length // 2]
+    costs = [PrefillCost.measured(engine, lengths, repeats=min(repeats, 2)) for engine in (target, drafter)]
     shortest = break_even(*costs, SHARE, longest=16384)
     return found | {"break_even_tokens_25": -1 if shortest is None else shortest}
 
@@ -147,7 +160,7 @@ def main() -> None:
         lines = options.dense.read_text(encoding="utf-8").splitlines()
         dense = {row["id"]: row["dense"] for row in map(json.loads, lines)}
     figures = quality(rows, dense) | cost(models, *((512, 1) if options.quick else (TIMED, REPEATS)))
-    finish("prompt_compression", figures, rows, options.output)
+    finish("prompt_compression", figures, compact(rows), options.output)
 
 
 if __name__ == "__main__":

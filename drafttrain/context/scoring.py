@@ -41,12 +41,22 @@ class Looked:
     scaling: float | None = None
     softcap: float | None = None
 
+    @property
+    def at_once(self) -> bool:
+        """Whether one chunk holds all scores."""
+        return self._step() >= self.key.shape[1]
+
+    def _step(self) -> int:
+        """Keys of a chunk."""
+        heads, rows, _ = self.query.shape
+        return max(64, CHUNK_SCORES // (heads * rows))
+
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Scores before the softmax, [M, G * R, C] in float32 (or float64), -inf where a query may not look."""
-        heads, rows, size = self.query.shape
+        heads, _, size = self.query.shape
         folded = self.query.reshape(len(self.key), -1, size)
         wide = torch.float64 if folded.dtype == torch.float64 else torch.float32
-        step = max(64, CHUNK_SCORES // (heads * rows))
+        step = self._step()
         scaling = size**-0.5 if self.scaling is None else self.scaling
         for start in range(0, self.key.shape[1], step):
             part = slice(start, start + step)
@@ -72,7 +82,8 @@ def attention_mass(
 ) -> Tensor:
     """Attention that each key gets, over the query rows and the query heads of its key head.
 
-    Two passes over chunks of keys: the softmax's normaliser first, then the probabilities, reduced at once.
+    Two passes over chunks of keys: the softmax's normaliser first, then the probabilities, reduced at once. The scores
+    are computed again for the second, unless one chunk holds them all.
 
     Args:
         looked: queries and keys.
@@ -83,15 +94,16 @@ def attention_mass(
     Returns:
         [M, S], or [N, S] per head; float32, float64 where the queries are.
     """
+    kept = list(looked.chunks()) if looked.at_once else None
     norm = None
-    for _, scores in looked.chunks():
+    for _, scores in kept or looked.chunks():
         part = scores.logsumexp(2, keepdim=True)
         norm = part if norm is None else torch.logaddexp(norm, part)
     heads, rows, _ = looked.query.shape
     key_heads, size = looked.key.shape[:2]
     groups = heads if per_head else key_heads
     mass = norm.new_empty(groups, size)
-    for part, scores in looked.chunks():
+    for part, scores in kept or looked.chunks():
         shares = scores.sub_(norm).exp_()
         if weights_R is not None:
             shares = shares.unflatten(1, (-1, rows)).mul_(weights_R.to(shares).unsqueeze(1)).flatten(1, 2)

@@ -68,6 +68,13 @@ def test_compression_is_compared_in_points():
     assert prompt_compression.quality(rows, {})["points_over_chunked_25"] == pytest.approx(25)
 
 
+def test_a_results_file_keeps_a_line_a_prompt():
+    kept = context.compact(kv_rows({METHOD: [1, 0]}, [1, 1]))
+    assert kept["columns"][:3] == ["id", "dense", column(METHOD, BUDGETS[0])] and len(kept["prompts"]) == 2
+    assert kept["prompts"][1].split()[:3] == ["recall@2048/0/1", "1", "0"]
+    assert len(kept["prompts"][0].split()) == len(kept["columns"])
+
+
 class _Prompt:
     def __init__(self, name: str) -> None:
         self.prompt_id, self.ids = name, (1, 2)
