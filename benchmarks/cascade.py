@@ -71,7 +71,12 @@ def main() -> None:
     figures["prediction_error_chosen"] = abs(found.chosen.error)
     figures |= index_microseconds(models, 8192 if options.quick else CONTEXT)
     tried = [vars(each) for each in [*found.confirmed, *found.tried[:30]]]
-    costs = {"target": found.costs.target, "models": found.costs.models, "round": found.costs.round}
+    costs = {
+        "target": found.costs.target,
+        "models": found.costs.models,
+        "round": found.costs.round,
+        "host": found.costs.host,
+    }
     chosen = {"chosen": found.chosen.method, "speculation": speculation, "both": both, "cascade": cascade}
     kept = {**chosen, "dropped": found.dropped, "tried": tried, "costs": costs, "runs": world.rows(runs, BASE)}
     finish("cascade", figures, kept, options.output)

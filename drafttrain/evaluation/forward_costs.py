@@ -27,12 +27,15 @@ class ForwardCosts:
         models: c(w) of every other model, choosing its tokens included.
         round: o, what a drafted round costs beside drafting and the target's forward.
         step_seconds: an autoregressive step.
+        host: how many times its seconds in a loop of its own a drafter's Python takes between forwards, whose weights
+            push it out of the processor's caches.
     """
 
     target: Mapping[int, float]
     models: Mapping[str, Mapping[int, float]]
     round: float
     step_seconds: float
+    host: float = 1.0
 
     def predicted(self, sketch: Sketch) -> float:
         """Speed-up over autoregressive decoding of a method that does what the sketch counted."""
@@ -40,11 +43,15 @@ class ForwardCosts:
 
     def cost(self, sketch: Sketch) -> float:
         """In autoregressive steps."""
+        return self.forwards(sketch) + self.host * sketch.host_seconds / self.step_seconds
+
+    def forwards(self, sketch: Sketch) -> float:
+        """All but what drafters do beside their models."""
         verify = sum(rounds * (self.round + at(self.target, width)) for width, rounds in sketch.rounds.items())
         draft = sum(
             n * at(self.models[name], width) for name, reads in sketch.reads.items() for width, n in reads.items()
         )
-        return verify + draft + sketch.host_seconds / self.step_seconds
+        return verify + draft
 
 
 def at(costs: Mapping[int, float], width: int) -> float:
@@ -88,19 +95,24 @@ def forward_seconds(engines: Mapping[str, Engine], context: int, repeats: int = 
 def fitted(costs: ForwardCosts, runs: Sequence[tuple[Sketch, float]]) -> ForwardCosts:
     """The costs with what rounds and draft forwards cost beside, such that real runs cost what was measured.
 
-    Steps are taken to be s times the forwards', o a round and e a draft forward, none of them negative: least squares
-    over the runs. s is the load of the machine, which was another when the forwards were timed.
+    Steps are taken to be s times the forwards', h times the drafters' own, o a round and e a draft forward, none
+    negative: least squares over the runs. s is the machine's load, which was another when the forwards were timed.
 
     Args:
         costs: of the forwards alone.
         runs: of each run what it did and the autoregressive steps that it took.
     """
-    table = np.array([[costs.cost(sketch), sketch.rounds.total(), _forwards(sketch)] for sketch, _ in runs])
+    table = np.array(
+        [
+            [costs.forwards(sketch), sketch.rounds.total(), _forwards(sketch), sketch.host_seconds / costs.step_seconds]
+            for sketch, _ in runs
+        ]
+    )
     steps = np.array([taken for _, taken in runs])
-    scale, beside, each = _least_squares(table, steps)
+    scale, beside, each, host = _least_squares(table, steps)
     target = {width: scale * v for width, v in costs.target.items()}
     models = {name: {width: scale * c + each for width, c in own.items()} for name, own in costs.models.items()}
-    return ForwardCosts(target, models, beside, costs.step_seconds)
+    return ForwardCosts(target, models, beside, costs.step_seconds, host)
 
 
 def _least_squares(table_RC: np.ndarray, steps_R: np.ndarray) -> list[float]:

@@ -41,6 +41,8 @@ ANCHORS = (
     "Model({0}, length=8)",
     "FirstOf(Copy(), Model({0}, length=4))",
     "Reviewed({0}, inner=Copy())",
+    "Then((Reviewed({0}, inner=MaxGram()), 2), (MaxGram(), 24))",
+    "Copy(gamma=2, longest=40, source='longest', follow=True)",
 )
 """Methods that are run to find what a round costs beside its forwards."""
 
@@ -183,7 +185,7 @@ class Tuner:
     def _costs(self) -> ForwardCosts:
         """Of forwards, then of what is beside them."""
         context = statistics.mean(len(each.prompt) + len(each.tokens) / 2 for each in self.answers)
-        anchors = [form.format(name) for name in self.members for form in ANCHORS]
+        anchors = list(dict.fromkeys(form.format(name) for name in self.members for form in ANCHORS))
         runs = self._real([AUTOREGRESSIVE, *anchors])
         step = sum(runs[AUTOREGRESSIVE]) / sum(len(each.tokens) for each in self.answers)
         seconds = forward_seconds({"": self.target, **self.engines}, int(context))

@@ -47,22 +47,23 @@ def test_forwards_are_timed_in_every_width():
     assert all((np.diff(list(own.values())) >= 0).all() and own[1] > 0 for own in found.values())
 
 
-def sketch(rounds, reads):
-    return Sketch(
-        tokens=10, rounds=Counter(rounds), reads={"drafter": Counter(reads)} if reads else {}, host_seconds=0.0
-    )
+def sketch(rounds, reads, host):
+    return Sketch(10, Counter(rounds), {"drafter": Counter(reads)} if reads else {}, host)
 
 
 def test_what_is_beside_the_forwards_is_found_from_real_runs():
-    """Runs that cost 1.3 times the forwards, 0.2 a round and 0.05 a draft forward give just that."""
+    """Runs that cost 1.3 times the forwards, 0.2 a round, 0.05 a draft forward and 4 times their own give just that."""
     costs = ForwardCosts({1: 0.9, 9: 1.7}, {"drafter": {1: 0.2, 9: 0.3}}, 0.0, 1.0)
-    did = [sketch({3: 4}, {1: 12}), sketch({9: 2}, {}), sketch({5: 3, 1: 1}, {2: 3, 1: 9}), sketch({2: 8}, {1: 8})]
-    runs = [
-        (each, 1.3 * costs.cost(each) + 0.2 * each.rounds.total() + 0.05 * sum(r.total() for r in each.reads.values()))
-        for each in did
-    ]
+    did = [sketch({3: 4}, {1: 12}, 0.1), sketch({9: 2}, {}, 0.2), sketch({5: 3, 1: 1}, {2: 3, 1: 9}, 0.4)]
+    did += [sketch({2: 8}, {1: 8}, 0.05), sketch({4: 2, 1: 3}, {3: 2}, 0.9)]
+
+    def beside(each):
+        return 0.2 * each.rounds.total() + 0.05 * sum(r.total() for r in each.reads.values()) + 4 * each.host_seconds
+
+    runs = [(each, 1.3 * costs.forwards(each) + beside(each)) for each in did]
     found = fitted(costs, runs)
     assert found.round == pytest.approx(0.2)
+    assert found.host == pytest.approx(4)
     assert found.target[1] == pytest.approx(1.3 * 0.9)
     assert found.models["drafter"][1] == pytest.approx(1.3 * 0.2 + 0.05)
     for each, steps in runs:
