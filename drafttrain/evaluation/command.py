@@ -258,12 +258,11 @@ class Evaluation:
         """The method with the fastest shape of a tree, if there is one that pays."""
         few = different(tuning, CALIBRATION_QUESTIONS)
         shape = tuned_tree(self.models, sampling, tuning, few, self.config.batch_size, self.seed).shape
-        widths = list(shape.widths)
-        found = f"{widths}, {shape.tau:.2f} tokens a round, speed-up {shape.speedup:.2f}"
-        if shape.chain:  # lengths are swept anyway
-            found = "a chain" if widths else "none pays"
+        widths, drafter = list(shape.widths), self.models.chain
+        method = f"{drafter}(drafter, length={len(widths)})" if shape.chain else f"{drafter}(drafter, tree={widths})"
+        found = f"{method}, {shape.tau:.2f} tokens a round, speed-up {shape.speedup:.2f}" if widths else "none pays"
         say(f"{name}: tree predicted to be fastest: {found}")
-        return [] if shape.chain else [f"Model(drafter, tree={widths})"]
+        return [method] if widths else []
 
     def _run(self, measured: _Measured, methods: Sequence[str], sampling: Sampling) -> None:
         """The real runs, then the instrumented ones, which add to what calibration knew of the costs."""

@@ -102,7 +102,7 @@ def tuned_tree(
     target, members = models.engines()[0], models.members()
 
     def make(widths: Sequence[int]) -> Drafter:
-        return build(f"Model(drafter, tree={list(widths)})", members)
+        return build(f"{models.chain}(drafter, tree={list(widths)})", members, models.allow_code)
 
     short = [replace(each, limit=min(each.limit, CALIBRATION_TOKENS)) for each in timed]
     return tune_tree(make, target, sampling, questions, models.ends, batch_size, seed, timed=short)

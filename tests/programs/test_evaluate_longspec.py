@@ -75,3 +75,16 @@ def test_a_drafter_of_another_target_is_refused(files, tmp_path, capsys):
 def test_the_plan_runs_nothing(files, tmp_path, capsys):
     main(["evaluate", *flags(files, tmp_path / "run"), "--plan"])
     assert "what would run" in capsys.readouterr().out
+
+
+def test_its_trees_are_measured_and_proven(files, tmp_path, capsys):
+    tree = "LongSpec(drafter, tree=[3, 2])"
+    main(["evaluate", *flags(files, tmp_path / "run", "--evaluate.trees", "true", "--evaluate.methods", f'["{tree}"]')])
+    report = read_report(tmp_path / "run")
+    row = next(row for row in report.methods if row.method == tree)
+    assert row.costs and row.predicted_speedup and sum(row.overall.trees_of)
+    assert all(check.passed for check in row.lossless)
+    assert "tree predicted to be fastest" in "".join(capsys.readouterr())
+    small = ("--evaluate.answers", "800", "--evaluate.samplings", '[{"temperature": 1.0}]', "--method", tree)
+    main(["lossless", *flags(files, tmp_path / "proof", *small)])
+    assert json.loads((tmp_path / "proof" / "lossless.json").read_text())["passed"]
