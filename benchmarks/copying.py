@@ -43,7 +43,7 @@ PUBLISHED = "Copy(gamma=3)"
 LENGTHS = (2, 4, 6, 8, 12, 16)
 SPECULATION = [f"Model(drafter, length={k})" for k in LENGTHS]
 SPECULATION += [f"Model(drafter, stop=Confidence({c}, max=16))" for c in (0.4, 0.7)]
-COPIES = [PUBLISHED, "Copy(gamma=2)", "Copy(gamma=5)"]
+COPIES = [PUBLISHED, *(f"Copy(gamma={g})" for g in (1, 2, 4, 5, 8))]
 COPIES += [
     f"Copy(gamma=3, source='{source}'{more})" for source in ("latest", "longest") for more in ("", ", follow=True")
 ]

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.distillation import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ("common", "context", "pair", "redundant", "shapes")
+SHARED = ("common", "context", "copying_plot", "pair", "redundant", "shapes")
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 FIGURES = {
     "adaptive_length": (
