@@ -4,8 +4,8 @@
     python benchmarks/longspec_memory.py --quick     a small model, fewer repeats, under a minute
 
 A random target and drafter (the figures depend on shapes alone) take up prompts of 1k and 32k tokens. Bytes are those
-of the tensors that are really allocated for the drafter's keys and values, compared after decoding; seconds are of the
-drafter's start alone, interleaved between the two lengths, the target having read its prompt before.
+of the tensors that are really allocated for the drafter's keys and values, compared after decoding; seconds are of one
+processor (other work on the machine does not count) in the drafter's start alone, the two lengths in turn.
 
 kv_bytes_ratio_32k_1k     drafter's key-value bytes at 32k over those at 1k; asserted to be 1
 startup_ratio_32k_1k      median seconds of a start at 32k over those at 1k; `_low`, `_high`: quartiles of the ratios
@@ -115,7 +115,8 @@ def kept_bytes(engine: Engine, drafter: Drafter, length: int) -> int:
 
 @torch.inference_mode()
 def starts(engine: Engine, make: Callable[[], Drafter], repeats: int) -> dict[int, list[float]]:
-    """Seconds of each start, by length; new drafters every time, the lengths in turn."""
+    """Processor seconds of each start on one thread, by length; new drafters every time, the lengths in turn."""
+    torch.set_num_threads(1)
     found: dict[int, list[float]] = {SHORT: [], LONG: []}
     prompts = {length: prompt_of(length) for length in found}
     for repeat in range(-1, repeats):
@@ -123,10 +124,10 @@ def starts(engine: Engine, make: Callable[[], Drafter], repeats: int) -> dict[in
             drafter, view = make(), TargetView(engine)
             setting = Setting(GREEDY, frozenset(), VOCABULARY, length + 64, engine.dtype, engine.device, view)
             committed = Committed([prompt], [0])
-            began = time.perf_counter()
+            began = time.process_time()
             drafter.start(committed, setting)
             if repeat >= 0:
-                found[length].append(time.perf_counter() - began)
+                found[length].append(time.process_time() - began)
     return found
 
 
