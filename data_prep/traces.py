@@ -181,11 +181,13 @@ def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPai
         drafter_path,
         load_drafter,
         load_target,
+        refuse_longspec,
         shared_vocabulary,
     )
 
     recipe = parsed.recipe
     path = drafter_path(recipe, run)
+    refuse_longspec(path)
     target = load_target(recipe.target)
     # in the target's dtype, as both are served: a trained drafter is stored in that of its training
     drafter = load_drafter(path, recipe.target.dtype, recipe.target.trust_remote_code)

@@ -7,7 +7,7 @@ from data_prep.traces import SECTIONS, check_settings, responses_manifest
 from drafttrain.config import Parsed, Recipe, SamplingConfig, TargetConfig
 from drafttrain.evaluation.trace_scores import RULES
 from drafttrain.evaluation.tracing import PIECE
-from drafttrain.models.loading import check_same_tokenizer, drafter_path
+from drafttrain.models.loading import check_same_tokenizer, drafter_path, refuse_longspec
 from drafttrain.records import read_records
 from drafttrain.run_folder import RunFolder
 
@@ -26,6 +26,7 @@ def plan(parsed: Parsed) -> None:
     check_settings(recipe)
     manifest = responses_manifest(recipe, run)
     path = drafter_path(recipe, run)
+    refuse_longspec(path)
     target = target_facts(recipe.target)
     drafter = target_facts(TargetConfig(path=path, trust_remote_code=recipe.target.trust_remote_code))
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, path)

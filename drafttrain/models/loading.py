@@ -157,6 +157,19 @@ def is_longspec(path: str | Path) -> bool:
         return False
 
 
+def refuse_longspec(path: str) -> None:
+    """Refuse to trace a LongSpec drafter.
+
+    Raises:
+        UserError: it is one.
+    """
+    if is_longspec(path):
+        raise UserError(
+            f"{path} is a LongSpec drafter: what it drafts depends on the step of a round, which traces do not record; "
+            "evaluate it by real runs (drafttrain evaluate)."
+        )
+
+
 def load_causal_lm(
     path: str | Path,
     dtype: str | torch.dtype = "auto",

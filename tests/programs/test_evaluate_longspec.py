@@ -6,9 +6,11 @@ import pytest
 
 from drafttrain.cli import main
 from drafttrain.config import BlockConfig
+from drafttrain.errors import UserError
 from drafttrain.evaluation.schema import read_report
 from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
 from drafttrain.models.fingerprint import fingerprint
+from drafttrain.models.loading import refuse_longspec
 from drafttrain.models.longspec_new import new_block
 from tests.conftest import build_llama, build_tokenizer
 from tests.programs.test_evaluate import flags
@@ -88,3 +90,13 @@ def test_its_trees_are_measured_and_proven(files, tmp_path, capsys):
     small = ("--evaluate.answers", "800", "--evaluate.samplings", '[{"temperature": 1.0}]', "--method", tree)
     main(["lossless", *flags(files, tmp_path / "proof", *small)])
     assert json.loads((tmp_path / "proof" / "lossless.json").read_text())["passed"]
+
+
+def test_it_cannot_be_traced_nor_exported(files, tmp_path, capsys):
+    with pytest.raises(UserError, match="is a LongSpec drafter: what it drafts depends on the step"):
+        refuse_longspec(str(files / "drafter"))
+    refuse_longspec(str(files / "target"))
+    pair = ["--target.path", str(files / "target"), "--drafter.path", str(files / "drafter")]
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *pair, "--run", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "of the kind longspec, which no other engine loads" in capsys.readouterr().err
