@@ -31,6 +31,7 @@ COLUMNS = (
         "draft decode",
         "scoring",
         "target prefill",
+        "free tokens",
         "tokens/s",
         "KV, MiB",
         "peak, MiB",
@@ -75,7 +76,16 @@ def cells(row: ContextRow) -> list[str]:
     attention = [percent(row.recall), percent(row.mass), number(row.kl, ".3f")]
     times = [f"{getattr(row, name):.3f}" for name in PARTS]
     memory = [f"{row.kv_bytes / 2**20:.2f}", number(row.peak_bytes and row.peak_bytes / 2**20, ".0f")]
-    return [*first, *kept, *attention, f"{row.first_token:.3f}", *times, f"{row.tokens_per_second:.1f}", *memory]
+    return [
+        *first,
+        *kept,
+        *attention,
+        f"{row.first_token:.3f}",
+        *times,
+        f"{row.free_tokens:.1f}",
+        number(row.tokens_per_second, ".1f"),
+        *memory,
+    ]
 
 
 def notes(report: ContextReport) -> list[str]:

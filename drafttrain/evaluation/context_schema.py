@@ -39,8 +39,10 @@ class ContextRow:
     draft_decode: float
     scoring: float
     target_prefill: float
-    tokens_per_second: float
-    """after the first token, whatever drafter decodes"""
+    tokens_per_second: float | None
+    """behind what was emitted with the prefill, whatever drafter decodes; None where nothing was left"""
+    free_tokens: float
+    """of the lookahead that the target accepted in its prefill"""
     kv_bytes: float
     """allocated for keys and values of the target"""
     peak_bytes: float | None

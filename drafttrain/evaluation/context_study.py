@@ -10,6 +10,7 @@ with prompts that show what was kept, and plots into the run folder.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -202,6 +203,14 @@ class _Run:
     kept: list[int] = field(default_factory=list)
 
     @property
+    def opening(self) -> int:
+        """Tokens that were emitted with the prefill: what was accepted of the lookahead, and one behind it."""
+        if not self.kept:
+            return 0
+        drafted = (source == "lookahead" for source in self.completion.sources)
+        return 1 + sum(itertools.takewhile(bool, drafted))
+
+    @property
     def first_token(self) -> float:
         """Seconds."""
         counts = self.completion.counts
@@ -247,7 +256,9 @@ class Study:
         if name == DENSE:
             return Decoder(self.target, *common)
         way = METHODS[name](Budget(budget, self.config.shape), self.config)
-        return ApproximateDecoder(self.target, way.get("dropping"), way.get("compression"), self._ahead, *common)
+        dropping, compression = way.get("dropping"), way.get("compression")
+        looks = compression is not None or dropping.scorer.ahead
+        return ApproximateDecoder(self.target, dropping, compression, self._ahead if looks else None, *common)
 
     def _run(self, name: str, budget: float, prompt: LongPrompt) -> _Run:
         decoder = self._decoder(name, budget)
@@ -317,7 +328,8 @@ class Study:
             tasks.setdefault(prompt.task, []).append(run.score)
         outcomes = [run.outcome for run in own if run.outcome is not None]
         peaks = [run.peak for run in own if run.peak is not None]
-        tokens = sum(run.completion.counts.tokens for run in own)
+        tokens = sum(len(run.completion.token_ids) - min(run.opening, len(run.completion.token_ids)) for run in own)
+        seconds = sum(run.completion.counts.decode_seconds for run in own)
         return ContextRow(
             method=way[0],
             budget=way[1],
@@ -332,7 +344,8 @@ class Study:
             kl=fmean(each.kl for each in outcomes) if outcomes else None,
             first_token=fmean(run.first_token for run in own),
             **{name: fmean(getattr(run.split, name) for run in own) for name in vars(Split())},
-            tokens_per_second=tokens / sum(run.completion.counts.decode_seconds for run in own),
+            tokens_per_second=tokens / seconds if tokens else None,
+            free_tokens=fmean(max(0, run.opening - 1) for run in own),
             kv_bytes=fmean(run.kv_bytes for run in own),
             peak_bytes=fmean(peaks) if peaks else None,
             tasks={task: fmean(scores) for task, scores in tasks.items()},

@@ -56,6 +56,8 @@ def test_every_method_is_run_at_every_budget_beside_the_dense_target(report):
     dropped = rows["kv_dropping", 0.3]
     assert dropped["draft_prefill"] > 0 and dropped["scoring"] > 0 and 0 < dropped["recall"] < 1
     assert rows["prompt_compression", 0.3]["recall"] is None
+    for name in ("snapkv", "streaming", "random"):  # they look at no lookahead, so none is drafted for them
+        assert rows[name, 0.3]["draft_prefill"] == rows[name, 0.3]["free_tokens"] == 0
 
 
 def test_a_budget_of_everything_is_the_dense_answer_and_a_small_one_is_small(report):
