@@ -394,12 +394,14 @@ class Conversation:
         self.decoder = decoder
         self.sample_id = sample_id
 
-    def reply(self, prompt: Sequence[int], max_new_tokens: int) -> Completion:
+    def reply(self, prompt: Sequence[int], max_new_tokens: int, exclusions: Exclusions | None = None) -> Completion:
         """Answer a turn.
 
         Args:
             prompt: the whole conversation up to this turn, as the chat template renders it.
             max_new_tokens: of the answer.
+            exclusions: what must not be copied from the conversation so far.
         """
-        [completion] = self.decoder.generate([prompt], max_new_tokens, [self.sample_id], resume=True)
+        closed = None if exclusions is None else [exclusions]
+        [completion] = self.decoder.generate([prompt], max_new_tokens, [self.sample_id], True, closed)
         return completion

@@ -206,6 +206,15 @@ def test_exclusions_restrict_drafting_alone(target):
     assert copied.counts.drafted and not excluded.counts.drafted
 
 
+def test_exclusions_are_given_anew_with_every_turn_of_a_chat(target):
+    prompt = [1, 5, 3, 7, 1, 5, 9, 2, 1, 5] * 2
+    chat = Conversation(Decoder(target, Copy(gamma=1), GREEDY))
+    first = chat.reply(prompt, 8, Exclusions(patterns=[[token] for token in range(24)]))
+    assert not first.counts.drafted
+    again = [*prompt, *first.token_ids, 1, 5]
+    assert chat.reply(again, 8, Exclusions(spans=[(0, 3)])).counts.drafted
+
+
 def test_exclusions_belong_to_their_rows(target):
     prompts = [[1, 5, 3, 7, 1, 5], [2, 4, 2], [1, 5, 3, 7, 1, 5]]
     closed = [Exclusions(), Exclusions(), Exclusions(patterns=[[token] for token in range(24)])]
