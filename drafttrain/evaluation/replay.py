@@ -114,18 +114,28 @@ class Tally:
     def counts(self, member: str = "drafter") -> Counts:
         """The same as the decoder counts it, without times; `member` names the drafter."""
         drafted_at = self.drafted_at
+        opened = drafted_at[0] if drafted_at else 0
+        alone = self.rounds - opened  # rounds without a draft are one token each
         return Counts(
             tokens=self.tokens,
             rounds=self.rounds,
             target_forwards=self.rounds,
-            draft_forwards={member: self.drafted} if self.drafted else {},
+            draft_forwards=_named(member, self.drafted),
             drafted=self.drafted,
             accepted=self.accepted,
             discarded=self.discarded,
             drafted_at=drafted_at,
             reached_at=_padded(self.reached_at, len(drafted_at)),
             accepted_at=_padded(self.accepted_at, len(drafted_at)),
+            drafted_by=_named(member, self.drafted),
+            accepted_by=_named(member, self.accepted),
+            rounds_by=_named("", alone) | _named(member, opened),
+            tokens_by=_named("", alone) | _named(member, self.tokens - alone),
         )
+
+
+def _named(name: str, count: int) -> dict[str, int]:
+    return {name: count} if count else {}
 
 
 def replay(record: Record, policies: Sequence[Policy], threads: int | None = None) -> list[Tally]:

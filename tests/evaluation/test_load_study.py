@@ -133,6 +133,8 @@ def test_the_largest_batch_is_filled():
 class Models:
     """No models: nothing is decoded here."""
 
+    chain = "Model"
+
     def decoder(self, *_):
         return None
 
