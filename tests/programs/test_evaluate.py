@@ -296,7 +296,7 @@ def test_lossless_writes_its_proof(files, tmp_path, capsys):
     low = {each["test"]: each["figures"] for each in findings if "bfloat16" in each["test"] or "t32" in each["test"]}
     assert len(low) == 2 and all({"match_rate", "divergences"} <= set(figures) for figures in low.values())
     controls = [each["result"] for each in findings if "control" in each["test"]]
-    assert len(controls) == 7 and set(controls) == {"caught"}
+    assert len(controls) == 8 and set(controls) == {"caught"}
 
 
 def test_a_proof_needs_no_more_than_a_pair_and_a_method(files, tmp_path, monkeypatch, capsys):
