@@ -17,7 +17,7 @@ from torch import Tensor
 
 from drafttrain.context.budgets import Budget, Protected, keep_top
 from drafttrain.context.compression import PromptCompression
-from drafttrain.context.dropping import protected_of
+from drafttrain.context.dropping import KVDropping, Protect
 from drafttrain.context.prefill import Prefill, Reading
 from drafttrain.context.scorers import Oracle, Scorer, rows_from
 from drafttrain.context.scoring import Looked, attention_mass
@@ -47,7 +47,7 @@ class Candidate:
     name: str
     scorer: Scorer
     budget: Budget
-    protect: Protected = field(default_factory=lambda: Protected(sinks=4, window=0))
+    protect: Protect = field(default_factory=lambda: Protected(sinks=4, window=0))
     ahead: int = 0
     verified: bool = False
 
@@ -203,8 +203,8 @@ class DensePass:
 
     def kept(self, candidate: Candidate, scores: Sequence[Tensor]) -> list[Tensor]:
         """Slots that each layer's heads keep: [M, count]."""
-        protected = protected_of(candidate.protect, self.prompt, candidate.scorer.window)
-        counts = candidate.budget.by_layer(len(self.prompt), len(scores), int(protected.sum()))
+        method = KVDropping(candidate.budget, candidate.scorer, candidate.protect)
+        protected, counts = method.protected(self.prompt), method.counts(self.prompt, len(scores))
         return [keep_top(own, count, protected) for own, count in zip(scores, counts, strict=True)]
 
     def compare(self, candidates: Sequence[Candidate]) -> list[Outcome]:

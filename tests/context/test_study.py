@@ -14,6 +14,7 @@ from drafttrain.context.scorers import LastWindow, LookaheadAttention, Oracle, R
 from drafttrain.context.study import Candidate, DensePass, Reader, choices, compressed_outcome, draft_pass
 from drafttrain.decoding.loop import Decoder
 from tests.context.support import GREEDY, PROMPTS, engines, texts
+from tests.decoding.support import greedy_reference
 
 TARGET, SMALL = engines()
 SINKS = Protected(2, 0)
@@ -125,3 +126,11 @@ def test_a_reader_that_was_interrupted_reads_anew(monkeypatch):
     answer = decoded(candidates(16)[0], PROMPTS[0])
     assert studied(PROMPTS[0], answer, 16, (reader, Reader(SMALL)))[0].exact
     assert TARGET.watch is None
+
+
+@torch.inference_mode()
+def test_a_prompt_no_longer_than_what_is_protected_is_kept_whole():
+    prompt = PROMPTS[0][:20]
+    dense = DensePass(Reader(TARGET), prompt, [], greedy_reference(TARGET.model, prompt, 4))
+    [outcome] = dense.compare([Candidate("snapkv", LastWindow(32), Budget(0.25))])
+    assert outcome.exact and outcome.recall == 1.0
