@@ -367,7 +367,7 @@ class ContextConfig:
     answer_prefix: bool = False
     """give the answer up to its first value, as RULER does"""
     methods: list[str] = field(default_factory=lambda: ["kv_dropping", "snapkv", "streaming", "prompt_compression"])
-    """of kv_dropping, snapkv, streaming, random (keys are dropped), prompt_compression, chunks, window, both"""
+    """of kv_dropping, snapkv, streaming, random, oracle (keys are dropped), prompt_compression, chunks, window, both"""
     budgets: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5], metadata={"low": 0.0, "high": 1.0})
     """shares of the prompt that are kept"""
     shape: Literal["uniform", "pyramid"] = "uniform"

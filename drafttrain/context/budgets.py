@@ -102,9 +102,15 @@ class Protected:
 def chat_spans(ids: Sequence[int], tokenizer: object, question: str | None = None) -> tuple[tuple[int, int], ...]:
     """Spans worth protecting in a rendered chat: its markup, the system prompt, and the question.
 
-    Markup is every special token of the tokenizer. The system prompt is what stands before the second run of special
-    tokens, if the first names a system turn. The question is found by its text; None takes the last paragraph of the
-    last user turn.
+    Markup is every special token of the tokenizer. The system prompt is what follows a special token that names a
+    system turn, or has that name behind it. The question is found by its text in the last turn that has it; None takes
+    the last paragraph of the last turn of several, or all of the last turn. An answer prefix behind the assistant's
+    header is no turn of several paragraphs, so the question before it is found.
+
+    Args:
+        ids: the prompt, or what is left of it.
+        tokenizer: of the prompt.
+        question: its text.
 
     Returns:
         half-open ranges of indices into ``ids``.
@@ -112,23 +118,36 @@ def chat_spans(ids: Sequence[int], tokenizer: object, question: str | None = Non
     special = set(tokenizer.all_special_ids)
     marks = [at for at, token in enumerate(ids) if token in special]
     spans = [(at, at + 1) for at in marks]
-    for at in marks:
-        if "system" in tokenizer.convert_ids_to_tokens(int(ids[at])).lower():
-            spans.append((at, next((mark + 1 for mark in marks if mark > at), len(ids))))
+    ends = [*marks[1:], len(ids), len(ids)]
+    for number, at in enumerate(marks):
+        end = ends[number]
+        role = tokenizer.decode(list(ids[at + 1 : min(end, at + 12)]))
+        if role == "system":  # the header is closed by a token of its own
+            spans.append((at, ends[number + 1] + 1))
+        elif role.startswith("system\n") or "system" in tokenizer.convert_ids_to_tokens(int(ids[at])).lower():
+            spans.append((at, end + 1))
     bodies = [(a + 1, b) for a, b in zip([-1, *marks], [*marks, len(ids)], strict=True) if b - a > 1]
-    if bodies:
-        spans.append(_question(ids, tokenizer, bodies[-1], question))
+    found = (_question(ids, tokenizer, body, question) for body in reversed(bodies))
+    last = bodies[-1:] if question is None else []
+    spans += next(([each] for each in found if each), last)
     return tuple(spans)
 
 
-def _question(ids: Sequence[int], tokenizer: object, body: tuple[int, int], question: str | None) -> tuple[int, int]:
+def _question(
+    ids: Sequence[int], tokenizer: object, body: tuple[int, int], question: str | None
+) -> tuple[int, int] | None:
     """The shortest end of a turn that holds the question's text, or that begins at its last blank line."""
     start, end = body
-    for at in range(end - 1, start - 1, -1):
-        text = tokenizer.decode(list(ids[at:end]))
-        if (question is not None and question in text) or (question is None and "\n\n" in text):
-            return at, end
-    return (start, end) if question is None else (end, end)
+    text = tokenizer.decode(list(ids[start:end]))
+    wanted = "\n\n" if question is None else question
+    if wanted not in text.strip():
+        return None
+    low, high = start, end - 1  # ends that begin at low hold it; halved, for a turn may be a book
+    while low < high:
+        middle = (low + high + 1) // 2
+        holds = wanted in tokenizer.decode(list(ids[middle:end])).rstrip()
+        low, high = (middle, high) if holds else (low, middle - 1)
+    return low, end
 
 
 def keep_top(scores_MS: Tensor, count: int, protected_S: Tensor) -> Tensor:

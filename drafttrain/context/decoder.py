@@ -9,7 +9,7 @@ have written itself of the lookahead is emitted at once; then any drafter of the
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from drafttrain.context.ahead import DraftAhead
+from drafttrain.context.budgets import Budget
 from drafttrain.context.compression import PromptCompression
-from drafttrain.context.dropping import KVDropping
+from drafttrain.context.dropping import KVDropping, Protect
 from drafttrain.context.prefill import Prefill, Reading
+from drafttrain.context.scorers import Oracle
 from drafttrain.context.watching import QueryWatch
 from drafttrain.decoding.counts import Completion
 from drafttrain.decoding.draft import Committed, Draft
@@ -100,6 +102,8 @@ class ApproximateDecoder(Decoder):
         >>> [completion] = decoder.generate([prompt], max_new_tokens=64)
     """
 
+    _looks_ahead = True
+
     def __init__(
         self,
         target: Engine,
@@ -115,7 +119,7 @@ class ApproximateDecoder(Decoder):
         super().__init__(target, drafter, sampling, eos_ids, seed, stop_strings)
         if dropping is None and compression is None:
             raise UserError("approximate decoding needs KV dropping or prompt compression; use Decoder without either")
-        if ahead is None and (compression is not None or dropping.scorer.ahead):
+        if ahead is None and self._looks_ahead and (compression is not None or dropping.scorer.ahead):
             raise UserError("this way of choosing tokens needs a drafter that looks ahead; give one, or another scorer")
         self.dropping, self.compression, self.ahead = dropping, compression, ahead
         self.split = Split()
@@ -204,7 +208,7 @@ class ApproximateDecoder(Decoder):
         self, committed: Committed, setting: Setting, plans: list[_Row], draft: Draft
     ) -> tuple[object, Tensor]:
         """The target's only pass over the prompts. Returns its cache and the logits of the opening round."""
-        ahead = draft.rows() if draft.width else [[] for _ in plans]
+        ahead = self._behind(draft, len(plans))
         readings = [self._reading(*each) for each in zip(plans, ahead, committed.sample_ids, strict=True)]
         lengths = committed.lengths
         most = 1 + max(draft.width, self.drafter.max_length if self.drafter else 0)
@@ -216,8 +220,13 @@ class ApproximateDecoder(Decoder):
         self.split.target_prefill -= prefill.scoring_seconds
         self.split.scoring += prefill.scoring_seconds
         prefill.cache.rollback([length + draft.width for length in lengths])  # as if all had drafted as many
-        padded = [pad(logits, (0, 0, 0, 1 + draft.width - len(logits))) for logits in found]
+        opening = [logits[: 1 + draft.width] for logits in found]
+        padded = [pad(logits, (0, 0, 0, 1 + draft.width - len(logits))) for logits in opening]
         return prefill.cache, torch.stack(padded)
+
+    def _behind(self, draft: Draft, rows: int) -> list[list[int]]:
+        """What is read behind each prompt."""
+        return draft.rows() if draft.width else [[] for _ in range(rows)]
 
     def _reading(self, plan: _Row, ahead: list[int], sample_id: int) -> Reading:
         tokens = [plan.tokens[at] for at in plan.kept]
@@ -263,3 +272,30 @@ class ApproximateDecoder(Decoder):
         completion = super()._completion(row)
         completion.approximate = row.index in self._cut_short
         return completion
+
+
+class OracleDecoder(ApproximateDecoder):
+    """Decodes behind the keys that answers known beforehand attend to: what no choice of keys can know, to measure by.
+
+    The answers are read behind the prompts for their queries alone: nothing of them is emitted, and no key of theirs is
+    kept.
+
+    Args:
+        target: the model whose text is wanted.
+        budget: of the keys.
+        answers: token ids of each row of the batch that will be decoded.
+        protect: kept in any case.
+        drafter, sampling, eos_ids, seed, stop_strings: as of `ApproximateDecoder`.
+    """
+
+    _looks_ahead = False
+
+    def __init__(
+        self, target: Engine, budget: Budget, answers: Sequence[Sequence[int]], protect: Protect, *common: object
+    ) -> None:
+        super().__init__(target, KVDropping(budget, Oracle(), protect), None, None, *common)
+        self.answers = answers
+
+    def _behind(self, draft: Draft, rows: int) -> list[list[int]]:
+        """The answers but their last tokens, which nothing was read for."""
+        return [list(answer[:-1]) for answer in self.answers]

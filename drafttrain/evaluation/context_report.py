@@ -49,8 +49,8 @@ MEASURES: dict[str, tuple[str, Callable[[ContextRow], float | None]]] = {
 """Plots by budget: a title, and the measure."""
 
 PARTS = ("draft_prefill", "draft_decode", "scoring", "target_prefill")
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")
-MARKERS = "osD^v*PX"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000", "#999999")
+MARKERS = "osD^v*PXh"
 
 
 def write(report: ContextReport, run: RunFolder) -> Path:
@@ -99,7 +99,9 @@ def notes(report: ContextReport) -> list[str]:
         f"Target {report.pair.target}, drafter {report.pair.drafter}, {report.dtype}; a lookahead of at most "
         f"{report.lookahead} tokens, verified in the target's prefill; decoding on by {report.decoding}; greedy.",
         "Recall, attention kept and KL are of methods that drop keys, against the attention of the dense target's own "
-        "answer; points are differences of scores, paired over prompts.",
+        "answer; points are differences of scores, paired over prompts. Chat markup, system prompt and question are "
+        "kept by every method. The oracle chooses by the dense answer, which it has read: a bound, with no times to "
+        "compare.",
         f"By the measured costs of both prefills, reading a compressed prompt pays at {paying}.",
         f"{machine.device}, {machine.cpu}, {machine.cores} cores; load {machine.load_start:.1f} at the start, "
         f"{machine.load_end:.1f} at the end; {machine.created}.",
@@ -190,7 +192,7 @@ def draw(report: ContextReport, folder: Path) -> dict[str, str]:
     for name, make in makers.items():
         panels = 1 if name == "break_even" else len(lengths(report))
         with pyplot.rc_context(STYLE):
-            figure, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False)
+            figure, axes = pyplot.subplots(1, panels, figsize=(1.5 + 4.8 * panels, 3.6), squeeze=False)
             if make(axes[0]):
                 figure.suptitle(title_of(name), fontsize=10)
                 figure.savefig(folder / f"{name}.png")
@@ -217,7 +219,8 @@ def _by_budget(report: ContextReport, axes: Sequence[Axes], measure: Callable[[C
                 look = {"color": COLORS[at % len(COLORS)], "marker": MARKERS[at % len(MARKERS)]}
                 axis.plot(*zip(*points, strict=True), label=name, **look)
         axis.set_xlabel(f"budget (share of {length} tokens)")
-    axes[0].legend(fontsize=8)
+    if found:
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return found
 
 

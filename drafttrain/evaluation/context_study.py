@@ -21,13 +21,13 @@ import torch
 
 from drafttrain.config import ContextConfig, Parsed
 from drafttrain.context.ahead import DraftAhead
-from drafttrain.context.budgets import Budget, Protected
+from drafttrain.context.budgets import Budget, Protected, chat_spans
 from drafttrain.context.compression import ChunkAttention, DraftAttention, PromptCompression, WindowAttention
 from drafttrain.context.cost import PrefillCost, break_even
-from drafttrain.context.decoder import ApproximateDecoder, Split
-from drafttrain.context.dropping import KVDropping
+from drafttrain.context.decoder import ApproximateDecoder, OracleDecoder, Split
+from drafttrain.context.dropping import KVDropping, Protect
 from drafttrain.context.markup import marked_html
-from drafttrain.context.scorers import LastWindow, LookaheadAttention, Random, Recency
+from drafttrain.context.scorers import LastWindow, LookaheadAttention, Oracle, Random, Recency
 from drafttrain.context.study import Candidate, DensePass, Outcome, Reader
 from drafttrain.decoding.counts import Completion
 from drafttrain.decoding.expression import build
@@ -52,6 +52,8 @@ WARNING = (
 
 EXAMPLES = 3
 """Prompts of each method that the page shows."""
+
+ORACLE = "oracle"
 
 _SINKS = Protected(4, 0)
 
@@ -83,6 +85,7 @@ METHODS: dict[str, Callable[[Budget, ContextConfig], dict[str, Any]]] = {
     "snapkv": _dropping(LastWindow()),
     "streaming": _dropping(Recency()),
     "random": _dropping(Random(), Protected(4, 32)),
+    ORACLE: _dropping(Oracle()),
     "prompt_compression": _compression(DraftAttention()),
     "chunks": _compression(ChunkAttention()),
     "window": _compression(WindowAttention()),
@@ -103,7 +106,10 @@ def context_study(parsed: Parsed) -> None:
     began = load()
     models = load_models(parsed)
     study = Study(models, config, parsed.recipe.seed)
-    rows = [row for length, prompts in prompts_of(config, models) for row in study.rows(length, prompts)]
+    groups = list(prompts_of(config, models))
+    for _, prompts in groups:
+        study.check(prompts)
+    rows = [row for group in groups for row in study.rows(*group)]
     lengths = [256, 1024, max(2048, max(config.lengths, default=0))]
     target, drafter = (PrefillCost.measured(engine, lengths, repeats=2) for engine in models.engines())
     report = ContextReport(
@@ -129,11 +135,13 @@ def check(config: ContextConfig) -> None:
     """Refuse what could not be run.
 
     Raises:
-        UserError: an unknown method, or a budget that is no share.
+        UserError: an unknown method, no budget, or one that is no share.
     """
     unknown = [name for name in config.methods if name not in METHODS]
     if unknown:
         raise UserError(f"context.methods has {unknown[0]}; the methods are {', '.join(METHODS)}")
+    if not config.budgets:
+        raise UserError("context.budgets is empty; give shares of the prompt, like [0.25]")
     for budget in config.budgets:
         Budget(float(budget))
 
@@ -168,7 +176,7 @@ def prompts_of(config: ContextConfig, models: Models) -> Iterator[tuple[int, lis
         )
         _fit(prompts, models)
         yield round(fmean(len(prompt.ids) for prompt in prompts)), prompts
-    for length in config.lengths:
+    for length in dict.fromkeys(config.lengths):
         mixture = dict.fromkeys(config.kinds, config.prompts)
         prompts = list(
             world_prompts(models.tokenizer, mixture, length, config.answer_prefix, limit=config.max_new_tokens)
@@ -184,7 +192,7 @@ def _fit(prompts: Sequence[LongPrompt], models: Models) -> None:
         if len(prompt.ids) + prompt.limit > models.context:
             raise UserError(
                 f"prompt {prompt.prompt_id} has {len(prompt.ids)} tokens, which with {prompt.limit} new ones exceeds "
-                f"the pair's context of {models.context}; lower context.lengths"
+                f"the pair's context of {models.context}; give shorter prompts (context.lengths, context.path)"
             )
 
 
@@ -236,13 +244,35 @@ class Study:
         self.examples: list[ContextExample] = []
         self._ahead = DraftAhead(self.drafter, config.lookahead, config.min_confidence, config.settled)
 
+    def check(self, prompts: Sequence[LongPrompt]) -> None:
+        """Refuse budgets that do not hold what is protected of each prompt, before anything is run.
+
+        Raises:
+            UserError: likewise.
+        """
+        for prompt, name, budget in itertools.product(prompts, self.config.methods, self.config.budgets):
+            way = self._way(name, float(budget), prompt)
+            try:
+                count = way["compression"].count(prompt.ids) if "compression" in way else len(prompt.ids)
+                if "dropping" in way:
+                    protected = int(way["dropping"].protected(prompt.ids).sum())  # compression leaves them in
+                    if protected < count:
+                        way["dropping"].budget.by_layer(count, self.target.layers, protected)
+            except UserError as error:
+                raise UserError(
+                    f"{name} at {budget:g} of prompt {prompt.prompt_id}: {error} (context.budgets, context.lengths)"
+                ) from None
+
     def rows(self, length: int, prompts: Sequence[LongPrompt]) -> list[ContextRow]:
         """All methods and budgets on prompts of one length, the dense target first."""
         ways = [(DENSE, 1.0), *((name, float(b)) for name in self.config.methods for b in self.config.budgets)]
         found: dict[tuple[str, float], list[_Run]] = {way: [] for way in ways}
         for number, prompt in enumerate(progress(prompts, len(prompts), f"prompts of {length}")):
             turn = number % len(ways)
-            runs = {way: self._run(*way, prompt) for way in ways[turn:] + ways[:turn]}
+            turns = sorted(ways[turn:] + ways[:turn], key=lambda way: way[0] == ORACLE)  # it must know the answer
+            runs: dict[tuple[str, float], _Run] = {}
+            for way in turns:
+                runs[way] = self._run(self._decoder(*way, prompt, runs.get((DENSE, 1.0))), prompt)
             self._compare(prompt, runs)
             for way, run in runs.items():
                 found[way].append(run)
@@ -250,18 +280,36 @@ class Study:
                 self._show(prompt, runs)
         return [self._row(way, length, prompts, own, found[DENSE, 1.0]) for way, own in found.items()]
 
-    def _decoder(self, name: str, budget: float) -> Decoder:
+    def _way(self, name: str, budget: float, prompt: LongPrompt) -> dict[str, Any]:
+        """What a method does with a prompt, whose markup, system prompt and question are protected."""
+        tokenizer, whole = self.models.tokenizer, chat_spans(prompt.ids, self.models.tokenizer, prompt.question)
+
+        def protecting(protect: Protected) -> Protect:
+            def of(ids: Sequence[int]) -> Protected:
+                left = len(ids) < len(prompt.ids)
+                return dataclasses.replace(
+                    protect, spans=chat_spans(ids, tokenizer, prompt.question) if left else whole
+                )
+
+            return of
+
+        way = METHODS[name](Budget(budget, self.config.shape), self.config)
+        return {kind: dataclasses.replace(each, protect=protecting(each.protect)) for kind, each in way.items()}
+
+    def _decoder(self, name: str, budget: float, prompt: LongPrompt, dense: _Run | None) -> Decoder:
         drafter = build(self.config.decoding, self.models.members(), self.models.allow_code)
         common = (drafter, Sampling(0.0), self.models.ends, self.seed, self.models.stop_strings)
         if name == DENSE:
             return Decoder(self.target, *common)
-        way = METHODS[name](Budget(budget, self.config.shape), self.config)
+        way = self._way(name, budget, prompt)
         dropping, compression = way.get("dropping"), way.get("compression")
+        if name == ORACLE:
+            answers = [dense.completion.token_ids]
+            return OracleDecoder(self.target, dropping.budget, answers, dropping.protect, *common)
         looks = compression is not None or dropping.scorer.ahead
         return ApproximateDecoder(self.target, dropping, compression, self._ahead if looks else None, *common)
 
-    def _run(self, name: str, budget: float, prompt: LongPrompt) -> _Run:
-        decoder = self._decoder(name, budget)
+    def _run(self, decoder: Decoder, prompt: LongPrompt) -> _Run:
         done: list[Completion] = []
 
         def answer() -> None:
@@ -272,10 +320,9 @@ class Study:
             answer()
         [completion] = done
         text = answer_text(self.models.tokenizer, completion.token_ids)
-        split = decoder.split if isinstance(decoder, ApproximateDecoder) else Split()
-        if name == DENSE:
-            split.target_prefill = completion.counts.prefill_seconds
-        kept = decoder.kept[0] if isinstance(decoder, ApproximateDecoder) else []
+        approximate = isinstance(decoder, ApproximateDecoder)
+        split = decoder.split if approximate else Split(target_prefill=completion.counts.prefill_seconds)
+        kept = decoder.kept[0] if approximate else []
         memory = decoder._cache.memory_bytes()
         return _Run(completion, text, prompt.score(text), prompt.exact(text), split, memory, peak, kept=kept)
 
@@ -284,7 +331,7 @@ class Study:
         """Of the ways that drop keys: what they kept of what mattered to the dense answer."""
         candidates, own = [], []
         for (name, budget), run in runs.items():
-            way = {} if name == DENSE else METHODS[name](Budget(budget, self.config.shape), self.config)
+            way = {} if name == DENSE else self._way(name, budget, prompt)
             dropping = way.get("dropping")
             if dropping is not None and "compression" not in way:
                 ahead = self.config.lookahead if dropping.scorer.ahead else 0

@@ -31,6 +31,7 @@ class LongPrompt:
         length: tokens asked for; the prompt has about as many.
         ids: the prompt's tokens; an answer prefix is their end.
         prefix: the answer prefix, "" for none.
+        question: what is asked at the end of the text, "" where that cannot be told from the text.
         references: right answers; of those with ``metric`` "all" every one is wanted.
         metric: a name in `METRICS`.
         limit: most new tokens.
@@ -41,6 +42,7 @@ class LongPrompt:
     length: int
     ids: tuple[int, ...]
     prefix: str
+    question: str
     references: tuple[str, ...]
     metric: str
     limit: int
@@ -152,7 +154,8 @@ def world_prompts(
                 name = f"{kind}/{length}/{seed}/{at}"
                 prefix, rest = split_prefix(turn.answer) if answer_prefix else ("", turn.answer)
                 ids = _chat(tokenizer, document + _question(turn.user), prefix, name)
-                yield LongPrompt(name, kind, length, ids, prefix, (rest,), "exact", limit)
+                question = _question(turn.user)
+                yield LongPrompt(name, kind, length, ids, prefix, question, (rest,), "exact", limit)
 
 
 def _question(user: str) -> str:
@@ -203,12 +206,15 @@ def read_prompts(
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a JSONL file in the shape of RULER or LongBench.")
     found = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if most is not None and len(found) == most:
-                break
-            if line.strip():
-                found.append(_read(line, f"{path}, line {number}", tokenizer, answer_prefix, limit))
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if most is not None and len(found) == most:
+                    break
+                if line.strip():
+                    found.append(_read(line, f"{path}, line {number}", tokenizer, answer_prefix, limit))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error.reason}); give a JSONL file.") from None
     return found
 
 
@@ -232,8 +238,19 @@ def _read(line: str, where: str, tokenizer: Any, answer_prefix: bool, limit: int
     else:
         task = str(record.get("dataset", "longbench"))
         metric = next((name for name, sets in _LONGBENCH.items() if task.removesuffix("_e") in sets), "f1")
-        text = "\n\n".join(part for part in (record.get("context", ""), record["input"]) if part)
+        context = record.get("context") or ""
+        if not isinstance(context, str):
+            raise UserError(f"{where} has a context that is no text.")
+        text = "\n\n".join(part for part in (context, record["input"]) if part)
     ids = _chat(tokenizer, text, prefix, where)
     name = str(record.get("_id", record.get("index", where)))
-    tokens = int(record.get("tokens_to_generate", limit))
-    return LongPrompt(name, task, len(ids), ids, prefix, tuple(map(str, outputs)), metric, tokens)
+    tokens = record.get("tokens_to_generate", limit)
+    if not isinstance(tokens, int) or tokens < 1:
+        raise UserError(f"{where} wants tokens_to_generate of {tokens!r}; it must be a number, at least 1.")
+    return LongPrompt(name, task, len(ids), ids, prefix, _last_line(text), tuple(map(str, outputs)), metric, tokens)
+
+
+def _last_line(text: str) -> str:
+    """The question of a file's prompt, where it stands on a line of its own."""
+    before, _, last = text.strip().rpartition("\n")
+    return last if before else ""

@@ -11,10 +11,11 @@ import transformers as hf
 from drafttrain.context.ahead import DraftAhead
 from drafttrain.context.budgets import Budget, Protected
 from drafttrain.context.compression import PromptCompression
-from drafttrain.context.decoder import ApproximateDecoder
+from drafttrain.context.decoder import ApproximateDecoder, OracleDecoder
 from drafttrain.context.dropping import KVDropping
 from drafttrain.context.prefill import Prefill
 from drafttrain.context.scorers import LastWindow, LookaheadAttention, Oracle, Random, Recency
+from drafttrain.context.study import Candidate, DensePass, Reader
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.longspec import LongSpec
@@ -255,6 +256,20 @@ def test_a_lookahead_ends_at_an_end_token(reference):
     own = decoder(TARGET, TARGET, 8, dropping=dropping(16), eos_ids=eos)
     [completion] = own.generate(PROMPTS[:1], 14)
     assert completion.counts.drafted == 2 == len(completion.token_ids)
+
+
+@torch.inference_mode()
+def test_the_oracle_keeps_what_the_answer_attends_to_and_emits_nothing_of_it(reference):
+    prompt, answer = PROMPTS[0], reference[0]
+    budget, protect = Budget(16), Protected(2, 0)
+    own = OracleDecoder(TARGET, budget, [answer], protect, None, GREEDY)
+    [completion] = own.generate([prompt], len(answer))
+    dense = DensePass(Reader(TARGET), prompt, [], answer)
+    [outcome] = dense.compare([Candidate("oracle", Oracle(), budget, protect)])
+    agreeing = next((at for at, (a, b) in enumerate(zip(completion.token_ids, answer, strict=True)) if a != b), 14)
+    assert agreeing == outcome.right and set(completion.sources) == {"target"} and completion.approximate
+    whole = OracleDecoder(TARGET, Budget(1.0), [answer[:5]], protect, ModelDrafter(SMALL, 3), GREEDY)
+    assert texts(whole.generate([prompt], 14)) == [answer]
 
 
 # ---- bad input ----

@@ -187,3 +187,25 @@ def test_spans_of_a_chat_are_markup_system_prompt_and_question():
     assert shown == "<|bos|><|system|>Be brief.<|end|><|user|>\n\nWhat is the word?<|end|><|assistant|>"
     kept = Protected(0, 0, chat_spans(ids, tokenizer, "the word?")).mask(len(ids))
     assert "the word?<|end|>" in tokenizer.decode([token for token, keep in zip(ids, kept, strict=True) if keep])
+
+
+def shown(text, spans):
+    tokenizer = build_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    kept = Protected(0, 0, spans(ids, tokenizer)).mask(len(ids))
+    return tokenizer.decode([token for token, keep in zip(ids, kept, strict=True) if keep])
+
+
+def test_the_question_before_an_answer_prefix_is_found():
+    text = "<|bos|><|user|>The word is apple.\n\nWhat is the word?<|end|><|assistant|>The word is"
+    marks = "<|bos|><|user|>{}<|end|><|assistant|>"
+    assert shown(text, chat_spans) == marks.format("\n\nWhat is the word?")
+    assert "What is the word?<|end|>" in shown(text, lambda *at: chat_spans(*at, "What is the word?"))
+    assert shown(text, lambda *at: chat_spans(*at, "not in the text")) == marks.format("")
+
+
+@pytest.mark.parametrize("header", ["<|bos|>system\n", "<|bos|>system<|end|>\n\n"])
+def test_a_system_prompt_is_found_by_a_role_in_plain_text(header):
+    text = f"{header}Be brief.<|end|><|bos|>user\nAll of system\nthis.<|end|>"
+    assert shown(text, lambda *at: chat_spans(*at, "this.")).startswith(f"{header}Be brief.<|end|>")
+    assert "All of" not in shown(text, lambda *at: chat_spans(*at, "this."))

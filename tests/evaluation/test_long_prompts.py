@@ -94,11 +94,20 @@ def test_longbench_files_are_read_with_the_metric_of_their_set(tokenizer, tmp_pa
         ({"input": "x"}, "line 1 has no input with outputs"),
         ({"outputs": ["x"]}, "line 1 has no input with outputs"),
         ({"input": "x", "answers": []}, "line 1 has no input with outputs"),
+        ({"input": "x", "outputs": ["y"], "tokens_to_generate": "many"}, "tokens_to_generate of 'many'"),
+        ({"input": "x", "outputs": ["y"], "tokens_to_generate": 0}, "tokens_to_generate of 0"),
+        ({"input": "x", "context": ["y"], "answers": ["z"]}, "a context that is no text"),
     ],
 )
 def test_other_lines_are_refused_in_a_sentence(tokenizer, tmp_path, line, sentence):
     with pytest.raises(UserError, match=sentence):
         read_prompts(written(tmp_path, line), tokenizer)
+
+
+def test_a_file_that_is_no_text_is_refused_in_a_sentence(tokenizer, tmp_path):
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        read_prompts(tmp_path / "binary.jsonl", tokenizer)
 
 
 def test_a_missing_file_and_an_unknown_kind_are_refused(tokenizer, tmp_path):

@@ -8,10 +8,11 @@ import re
 import pytest
 
 from drafttrain.cli import main
-from drafttrain.evaluation.context_study import METHODS
+from drafttrain.evaluation.context_study import METHODS, Study
 from tests.conftest import build_llama, build_tokenizer
 from tests.programs.test_evaluate import refused
 
+LOW = ("--context.budgets", "[0.1]", "--context.methods", '["kv_dropping"]')
 KINDS = ["recall/single/noise", "recall/multi_key/prose"]
 
 
@@ -87,6 +88,32 @@ def test_a_file_of_prompts_is_run(files, tmp_path):
     assert {row["prompts"] for row in rows} == {2} and {row["length"] for row in rows} == {rows[0]["length"]}
 
 
+def test_a_prompt_shorter_than_the_window_is_read_whole(files, tmp_path):
+    (tmp_path / "short.jsonl").write_text(json.dumps({"input": "The key is 7. Which?", "outputs": ["7"]}) + "\n")
+    more = ("--context.path", str(tmp_path / "short.jsonl"), "--context.methods", '["kv_dropping", "both", "window"]')
+    main(["evaluate", *flags(files, tmp_path / "run", *more)])
+    rows = json.loads((tmp_path / "run" / "context.json").read_text())["rows"]
+    assert all(row["same"] == 1.0 and row["draft_prefill"] == 0 for row in rows)
+
+
+def test_the_question_is_read_by_every_method(files, tmp_path):
+    """It stands before a tail that is longer than any window."""
+    hay = "The sky is wide. " * 60
+    record = {"input": f"{hay}\nWhere is the zebra?", "outputs": ["here"], "answer_prefix": " so" * 90}
+    (tmp_path / "ruler.jsonl").write_text(json.dumps(record) + "\n")
+    more = ("--context.path", str(tmp_path / "ruler.jsonl"), "--context.methods", '["window", "both"]')
+    main(["evaluate", *flags(files, tmp_path / "run", *more)])
+    for example in json.loads((tmp_path / "run" / "context.json").read_text())["examples"]:
+        marked = "".join(re.findall(r"<mark[^>]*>([^<]*)</mark>", example["html"]))
+        assert "Where is the zebra?" in marked
+
+
+def test_budgets_are_looked_at_before_anything_is_run(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Study, "rows", None)
+    error = refused(capsys, "evaluate", *flags(files, tmp_path / "run", "--context.lengths", "[1500, 256]", *LOW))
+    assert "kv_dropping at 0.1 of prompt recall/single/noise/256/" in error and "context.budgets" in error
+
+
 def test_a_plan_runs_nothing_and_says_what_would_run(files, tmp_path, capsys):
     main(["evaluate", *flags(files, tmp_path / "run", "--context.lengths", "[700]", "--plan")])
     told = capsys.readouterr().out
@@ -101,6 +128,7 @@ def test_a_plan_runs_nothing_and_says_what_would_run(files, tmp_path, capsys):
         (["--context.budgets", "[0.01]"], "a budget of . tokens .* is less than"),
         (["--context.budgets", "[-0.5]"], "context.budgets"),
         (["--context.budgets", "[1.5]"], "context.budgets"),
+        (["--context.budgets", "[]"], "context.budgets is empty"),
         (["--context.kinds", '["recall/none"]'], "there is no task kind recall/none"),
         (["--context.lengths", "[4096]"], "exceeds the pair's context of 2048"),
         (["--context.path", "none.jsonl"], "does not exist"),
