@@ -17,6 +17,11 @@ from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.stopping import Step
 from drafttrain.errors import UserError
 
+NO_LONGSPEC = (
+    "a LongSpec drafter reads its target's keys, so it cannot look ahead before its target has read the prompt; give a "
+    "drafter that is a model of its own (--drafter.path)"
+)
+
 
 @dataclass(frozen=True)
 class DraftAhead:
@@ -31,7 +36,7 @@ class DraftAhead:
         share: of the prompt, which "most" means.
 
     Raises:
-        UserError: an impossible setting.
+        UserError: an impossible setting, or a LongSpec drafter.
     """
 
     engine: Engine
@@ -41,6 +46,8 @@ class DraftAhead:
     share: float = 0.1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.engine, Engine):
+            raise UserError(NO_LONGSPEC)
         if self.length < 1:
             raise UserError(f"a lookahead of {self.length} tokens is impossible; give at least 1")
         for name in ("min_confidence", "settled", "share"):

@@ -38,7 +38,7 @@ from drafttrain.errors import UserError
 from drafttrain.evaluation.context_report import write
 from drafttrain.evaluation.context_schema import DENSE, ContextExample, ContextReport, ContextRow
 from drafttrain.evaluation.environment import describe, load, peak_bytes
-from drafttrain.evaluation.long_prompts import LongPrompt, read_prompts, world_prompts
+from drafttrain.evaluation.long_prompts import LongPrompt, check_file, read_prompts, world_prompts
 from drafttrain.evaluation.pair import Models, load_models
 from drafttrain.evaluation.statistics import Interval, bootstrap
 from drafttrain.ops.random import sample_id
@@ -135,11 +135,13 @@ def check(config: ContextConfig) -> None:
     """Refuse what could not be run.
 
     Raises:
-        UserError: an unknown method, no budget, or one that is no share.
+        UserError: an unknown method, no such file, no budget, or one that is no share.
     """
     unknown = [name for name in config.methods if name not in METHODS]
     if unknown:
         raise UserError(f"context.methods has {unknown[0]}; the methods are {', '.join(METHODS)}")
+    if config.path is not None:
+        check_file(config.path)
     if not config.budgets:
         raise UserError("context.budgets is empty; give shares of the prompt, like [0.25]")
     for budget in config.budgets:

@@ -202,9 +202,7 @@ def read_prompts(
     Raises:
         UserError: no such file, or a line that fits neither shape.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a JSONL file in the shape of RULER or LongBench.")
+    path = check_file(path)
     found = []
     try:
         with path.open(encoding="utf-8") as lines:
@@ -216,6 +214,18 @@ def read_prompts(
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text in UTF-8 ({error.reason}); give a JSONL file.") from None
     return found
+
+
+def check_file(path: str | Path) -> Path:
+    """The path, if there is a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is no file; give a JSONL file in the shape of RULER or LongBench.")
+    return path
 
 
 def _read(line: str, where: str, tokenizer: Any, answer_prefix: bool, limit: int) -> LongPrompt:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from drafttrain.config import EvaluateConfig, Parsed
+from drafttrain.context.ahead import NO_LONGSPEC
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import parse_method, resolved
 from drafttrain.errors import UserError
@@ -21,7 +22,13 @@ from drafttrain.evaluation.sweep import settings
 from drafttrain.evaluation.synthetic_study import NAME, work
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
 from drafttrain.models.drafters import without_storage
-from drafttrain.models.loading import check_same_tokenizer, drafter_path, load_model_config, load_tokenizer
+from drafttrain.models.loading import (
+    check_same_tokenizer,
+    drafter_path,
+    is_longspec,
+    load_model_config,
+    load_tokenizer,
+)
 from drafttrain.models.longspec import LongSpecConfig
 from drafttrain.run_folder import RunFolder
 
@@ -42,6 +49,8 @@ def plan(parsed: Parsed) -> None:
     if recipe.context.lengths or recipe.context.path:
         from drafttrain.evaluation.context_study import work as long_work
 
+        if is_longspec(path):
+            raise UserError(NO_LONGSPEC)
         print("\n".join(["\n--- what would run ---", *long_work(recipe.context)]))
         return
     for method in recipe.evaluate.methods or []:

@@ -119,6 +119,8 @@ def test_a_plan_runs_nothing_and_says_what_would_run(files, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "approximate" in told and "2 prompts of about 700 tokens" in told
     assert not (tmp_path / "run" / "context.json").exists()
+    error = refused(capsys, "evaluate", *flags(files, tmp_path / "run", "--context.path", "none.jsonl", "--plan"))
+    assert "none.jsonl does not exist" in error
 
 
 @pytest.mark.parametrize(

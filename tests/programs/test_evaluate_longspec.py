@@ -13,7 +13,7 @@ from drafttrain.models.fingerprint import fingerprint
 from drafttrain.models.loading import refuse_longspec
 from drafttrain.models.longspec_new import new_block
 from tests.conftest import build_llama, build_tokenizer
-from tests.programs.test_evaluate import flags
+from tests.programs.test_evaluate import flags, refused
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,13 @@ def test_its_trees_are_measured_and_proven(files, tmp_path, capsys):
     small = ("--evaluate.answers", "800", "--evaluate.samplings", '[{"temperature": 1.0}]', "--method", tree)
     main(["lossless", *flags(files, tmp_path / "proof", *small)])
     assert json.loads((tmp_path / "proof" / "lossless.json").read_text())["passed"]
+
+
+def test_it_cannot_look_ahead_of_its_target(files, tmp_path, capsys):
+    pair = ["--target.path", str(files / "target"), "--drafter.path", str(files / "drafter")]
+    for more in ((), ("--plan",)):
+        run = ("--run", str(tmp_path / "run"), "--context.lengths", "[400]")
+        assert "a LongSpec drafter reads its target's keys" in refused(capsys, "evaluate", *pair, *run, *more)
 
 
 def test_it_cannot_be_traced_nor_exported(files, tmp_path, capsys):
