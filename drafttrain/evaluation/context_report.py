@@ -102,7 +102,8 @@ def notes(report: ContextReport) -> list[str]:
         "answer; points are differences of scores, paired over prompts. Chat markup, system prompt and question are "
         "kept by every method. The oracle chooses by the dense answer, which it has read: a bound, with no times to "
         "compare.",
-        f"By the measured costs of both prefills, reading a compressed prompt pays at {paying}.",
+        "By the measured costs of both prefills, of drafting ahead and of scores, reading a compressed prompt pays at "
+        f"{paying}.",
         f"{machine.device}, {machine.cpu}, {machine.cores} cores; load {machine.load_start:.1f} at the start, "
         f"{machine.load_end:.1f} at the end; {machine.created}.",
     ]

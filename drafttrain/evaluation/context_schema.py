@@ -78,6 +78,7 @@ class ContextReport:
     break_even: dict[str, int | None]
     """by budget the shortest prompt whose compression pays by the measured costs of both prefills; None for none"""
     costs: dict[str, list[float]]
-    """of target and drafter: seconds of a prefill of n tokens are a + b n + c n^2"""
+    """of target and drafter: seconds of a prefill of n tokens are a + b n + c n^2; drafting ahead and scores are in the
+    drafter's a"""
     examples: list[ContextExample] = field(default_factory=list)
     plots: dict[str, str] = field(default_factory=dict)

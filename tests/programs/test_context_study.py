@@ -81,6 +81,12 @@ def test_the_report_says_approximate_and_shows_what_was_kept(run, report):
         assert (run / path).read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_looking_ahead_costs_is_part_of_the_break_even_length(report):
+    rows = [row for row in report["rows"] if row["method"] in ("prompt_compression", "chunks", "window")]
+    spent = sum(row["draft_decode"] + row["scoring"] for row in rows) / len(rows)
+    assert report["costs"]["drafter"][0] >= spent > 0
+
+
 def test_a_file_of_prompts_is_run(files, tmp_path):
     more = ("--context.path", str(files / "ruler.jsonl"), "--context.prompts", "2", "--context.methods", '["snapkv"]')
     main(["evaluate", *flags(files, tmp_path / "run", *more)])
