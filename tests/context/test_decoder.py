@@ -132,10 +132,21 @@ def test_a_drafter_of_the_same_model_goes_on_from_the_draft_pass(monkeypatch):
 
 
 def test_a_prompt_that_is_not_cut_down_costs_no_draft_pass(monkeypatch):
-    monkeypatch.setattr(SMALL, "forward", None)
+    drafted, own = [], Engine.forward
+
+    def watched(self, *args, **kwargs):
+        drafted.extend([self] if self is SMALL else [])
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "forward", watched)
+    dense = texts(Decoder(TARGET, None, GREEDY).generate(PROMPTS, 4))
     for method in ("dropping", "compression", "both"):
-        decoder(TARGET, SMALL, **METHODS[method](60)).generate(PROMPTS, 4)
-        decoder(TARGET, SMALL, **METHODS[method](12)).generate([PROMPTS[2]], 4)  # shorter than the window
+        whole = decoder(TARGET, SMALL, **METHODS[method](60)).generate(PROMPTS, 4)
+        short = decoder(TARGET, SMALL, **METHODS[method](12)).generate([PROMPTS[2]], 4)  # shorter than the window
+        assert texts(whole) == dense and texts(short) == dense[2:3]
+        assert not drafted
+    decoder(TARGET, SMALL, **METHODS["dropping"](12)).generate(PROMPTS[:1], 4)
+    assert drafted
 
 
 def test_the_draft_drafts_on_as_it_would_over_the_whole_text():

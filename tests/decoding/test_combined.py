@@ -252,8 +252,10 @@ def test_any_expression_is_greedy_decoding(members, plain, text, eos):
 )
 @given(EXPRESSIONS, st.sampled_from([GREEDY, Sampling(0.9, top_p=0.95, repetition_penalty=1.2)]))
 def test_every_member_is_in_step(members, monkeypatch, text, sampling):
+    """Looked at before and after every proposal; see `InStep`."""
     monkeypatch.setattr(expression, "ModelDrafter", InStep)
-    Decoder(members["target"], build(text, members), sampling).generate(PROMPTS, LIMITS)
+    rows = Decoder(members["target"], build(text, members), sampling).generate(PROMPTS, LIMITS)
+    assert [len(row.token_ids) for row in rows] == LIMITS
 
 
 @pytest.mark.parametrize("name", ["nested", "lenient"])
