@@ -15,7 +15,6 @@ forward with its model's parameters (`swi_gain`) or measured cost at width 1 (`s
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
@@ -42,7 +41,7 @@ CONTEXT = 32768
 
 def main() -> None:
     """Search, measure and print the figures."""
-    options = _options()
+    options = world.options(__doc__, 16)
     models = reference_models()
     parts = world.redundant(models, options.questions, options.tuning)
     others = world.plain(models, OTHERS, options.questions, options.tuning)
@@ -129,19 +128,6 @@ def index_microseconds(models: Models, context: int) -> dict[str, float]:
         "index_microseconds_max_gram": min(matching() for _ in range(3)),
     }
     return {name: 1e6 * value / len(ids) for name, value in seconds.items()}
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=16, help="questions of each task that are measured")
-    parser.add_argument("--tuning", type=int, default=6, help="and that is searched on")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--quick", action="store_true", help="few questions, one repetition")
-    parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
-    options = parser.parse_args()
-    if options.quick:
-        options.questions, options.tuning, options.repeats = 2, 1, 1
-    return options
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ tokens that the target accepted at T = 1, less the mean of its p(x) over them;
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -54,7 +53,7 @@ NGRAM = "MaxGram(length=10, least=2)"
 
 def main() -> None:
     """Tune, measure and print the figures."""
-    options = _options()
+    options = world.options(__doc__, 20)
     models = reference_models()
     split = world.redundant(models, options.questions, options.tuning)
     code = world.plain(models, {world.CODE: 192}, options.questions, options.tuning)
@@ -222,19 +221,6 @@ def _prompt_lookup(models: Models, questions: Sequence[Question]) -> float:
                 seconds[lookup] += time.perf_counter() - started
                 tokens[lookup] += found.shape[1] - len(question.ids)
     return (tokens[True] / seconds[True]) / (tokens[False] / seconds[False])
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=20, help="right answers of each task that are measured")
-    parser.add_argument("--tuning", type=int, default=6, help="and that settings are chosen on")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--quick", action="store_true", help="few questions, one repetition")
-    parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
-    options = parser.parse_args()
-    if options.quick:
-        options.questions, options.tuning, options.repeats = 2, 1, 1
-    return options
 
 
 if __name__ == "__main__":

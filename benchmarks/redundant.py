@@ -8,6 +8,7 @@ little or nothing repeats.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import tempfile
@@ -221,3 +222,17 @@ def rows(runs: Runs, base: str) -> list[dict]:
                 }
             )
     return found
+
+
+def options(description: str, questions: int) -> argparse.Namespace:
+    """What both benchmarks take from the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=questions, help="questions of each task that are measured")
+    parser.add_argument("--tuning", type=int, default=6, help="and that settings are chosen on")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--quick", action="store_true", help="few questions, one repetition")
+    parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.questions, chosen.tuning, chosen.repeats = 2, 1, 1
+    return chosen
