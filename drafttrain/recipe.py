@@ -231,6 +231,8 @@ class TrainingConfig:
     """drafted tokens per round in it"""
     positions: PositionsConfig = field(default_factory=PositionsConfig)
     """longspec: positions that rows are trained at"""
+    packing: bool = True
+    """longspec: lay the rows of a batch end to end, each seeing itself alone, instead of padding them"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """passed on to transformers.TrainingArguments: learning_rate, num_train_epochs, bf16, deepspeed, ..."""
 

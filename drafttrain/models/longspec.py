@@ -245,9 +245,7 @@ def windowed_attention(
     return found[:, :, :length]
 
 
-def lagged_attention(
-    q_BNTD: Tensor, k_BMTD: Tensor, v_BMTD: Tensor, lag_B: Tensor, scaling: float, document_BT: Tensor | None = None
-) -> Tensor:
+def lagged_attention(q_BNTD: Tensor, k_BMTD: Tensor, v_BMTD: Tensor, lag_B: Tensor, scaling: float) -> Tensor:
     """Flash noisy training (paper, algorithm 2): the query at t sees the target's keys up to t - lag.
 
     The j-th drafted token of a round is drafted where the target's last j tokens are not verified yet. Queries are
@@ -258,20 +256,13 @@ def lagged_attention(
         k_BMTD, v_BMTD: the target's, of the same rows.
         lag_B: int64 [B], 0 or more.
         scaling: of scores.
-        document_BT: number of each token's document, where rows pack several; it is masked then.
 
     Returns:
-        [B, N, T, D]; the first `lag` positions of a row (of a document) see nothing, and get zeros.
+        [B, N, T, D]; the first `lag` positions of a row see nothing, and get zeros.
     """
     length = q_BNTD.shape[2]
     time_T = torch.arange(length, device=q_BNTD.device)
     sources_BT = time_T - lag_B.unsqueeze(1)
-    if document_BT is not None:
-        mask_BTT = (time_T <= sources_BT.unsqueeze(2)) & (document_BT.unsqueeze(1) == document_BT.unsqueeze(2))
-        blind_BT = ~mask_BTT.any(2)
-        mask_BTT[:, :, 0] |= blind_BT
-        found = _attend(q_BNTD, k_BMTD, v_BMTD, mask_BTT.unsqueeze(1), scaling)
-        return found.masked_fill(blind_BT[:, None, :, None], 0.0)
     ahead_BT = (time_T + lag_B.unsqueeze(1)).clamp(max=length - 1)
     shifted = q_BNTD.gather(2, ahead_BT[:, None, :, None].expand_as(q_BNTD))
     found = F.scaled_dot_product_attention(

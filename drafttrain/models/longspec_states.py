@@ -2,13 +2,16 @@
 
 The same positions drive the frozen target and the block, so that short rows may stand at any places of a long text
 (`positions`), and each row's queries look at the target's keys from a lag behind (`longspec.lagged_attention`).
+Several documents may lie end to end in one row; none of them sees another, in target or block.
 """
 
 # B batch, T time, M key heads, D head size, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,7 @@ from drafttrain.models.logits import LogitShape
 from drafttrain.models.longspec import LongSpecDrafter, Rotary, lagged_attention, windowed_attention
 from drafttrain.models.shared_target import RotaryOf
 from drafttrain.ops.cache import captured_layer
+from drafttrain.ops.documents import documents_apart
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Reading:
         keys_BMTD, values_BMTD: of the layer that is read.
         rotary: at the positions.
         positions_BT: of the tokens, [B or 1, T].
+        lengths: of the documents that lie end to end in the one row, B = 1; None where every row is a document.
     """
 
     embedded_BTH: Tensor
@@ -40,6 +45,15 @@ class Reading:
     values_BMTD: Tensor
     rotary: Rotary
     positions_BT: Tensor
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def documents(self) -> list[slice]:
+        """The stretches of time that see nothing of each other."""
+        if self.lengths is None:
+            return [slice(None)]
+        ends = list(itertools.accumulate(self.lengths))
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
 
 @torch.no_grad()
@@ -50,6 +64,7 @@ def read_target(
     layer: int,
     positions_BT: Tensor | None = None,
     decoder: nn.Module | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Reading:
     """Run the target over whole rows.
 
@@ -60,26 +75,31 @@ def read_target(
         layer: whose keys and values are kept.
         positions_BT: rising, all distances between neighbours 1 or more; None counts from 0.
         decoder: what runs instead of the target's own decoder (an engine that splits it).
+        lengths: of the documents of a single row without padding, each of which is read by itself.
     """
     if positions_BT is None:
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).unsqueeze(0)
     embedded: list[Tensor] = []
     # The engine of a split target gathers the embedding only while the decoder runs.
     hook = target.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
+    config = target.config.get_text_config()
+    apart = contextlib.nullcontext(mask_BT) if lengths is None else documents_apart(config, lengths, ids_BT.device)
     try:
-        found = captured_layer(
-            target.get_decoder() if decoder is None else decoder,
-            target.config.get_text_config().num_hidden_layers,
-            layer,
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-        )
+        with apart as mask:
+            found = captured_layer(
+                target.get_decoder() if decoder is None else decoder,
+                config.num_hidden_layers,
+                layer,
+                input_ids=ids_BT,
+                attention_mask=mask,
+                position_ids=positions_BT,
+            )
     finally:
         hook.remove()
     embedded_BTH, hidden_BTH, keys, values = (states.to(ids_BT.device) for states in (embedded[0], *found))
     rotary = RotaryOf(target)(embedded_BTH, positions_BT)
-    return Reading(embedded_BTH, hidden_BTH, keys, values, rotary, positions_BT)
+    packed = None if lengths is None else tuple(lengths)
+    return Reading(embedded_BTH, hidden_BTH, keys, values, rotary, positions_BT, packed)
 
 
 def block_states(
@@ -90,20 +110,32 @@ def block_states(
     Args:
         block: whose shape and dtype.
         reading: of the rows.
-        lag_B: how many of the target's last tokens each row's queries do without, 1 or more: 1 at the first drafted
-            token of a round, k at the k-th.
+        lag_B: how many of the target's last tokens each row's (each document's) queries do without, 1 or more: 1 at
+            the first drafted token of a round, k at the k-th.
         forward: the block's, where calling it is not calling that.
     """
     config, dtype = block.config, block.self_norm.weight.dtype
+    scaling = config.scaling
     embedded_BTH, keys, values, cos, sin = (
         states.to(dtype) for states in (reading.embedded_BTH, reading.keys_BMTD, reading.values_BMTD, *reading.rotary)
     )
 
-    def windowed(q_BNTD: Tensor, k_BMTD: Tensor, v_BMTD: Tensor) -> Tensor:
-        return windowed_attention(q_BNTD, k_BMTD, v_BMTD, reading.positions_BT, config.window, config.scaling)
+    documents, at_BT = reading.documents, reading.positions_BT
+    lags = lag_B.split(len(lag_B) // len(documents))
+
+    def windowed(q_BNTD: Tensor, *own: Tensor) -> Tensor:
+        found = [
+            windowed_attention(*(each[:, :, part] for each in (q_BNTD, *own)), at_BT[:, part], config.window, scaling)
+            for part in documents
+        ]
+        return torch.cat(found, 2)
 
     def look(q_BNTD: Tensor) -> Tensor:
-        return lagged_attention(q_BNTD, keys, values, lag_B, config.scaling)
+        found = [
+            lagged_attention(*(each[:, :, part] for each in (q_BNTD, keys, values)), lag, scaling)
+            for part, lag in zip(documents, lags, strict=True)
+        ]
+        return torch.cat(found, 2)
 
     return (forward or block)(embedded_BTH, (cos, sin), windowed, look)
 

@@ -242,7 +242,8 @@ def make_trainer(
     if recipe.drafter.kind == "longspec":
         from drafttrain.training.longspec_trainer import LongSpecTrainer
 
-        kind, longspec["placing"] = LongSpecTrainer, placing_of(recipe, inputs.target, inputs.drafter)
+        kind = LongSpecTrainer
+        longspec = {"placing": placing_of(recipe, inputs.target, inputs.drafter), "packing": training.packing}
     distillation = Distillation(
         loss=mixed(training.losses),
         temperature=training.temperature,

@@ -32,15 +32,16 @@ class LongSpecTrainer(DrafterTrainer):
 
     Args:
         placing: where rows stand, and their lags.
+        packing: lay the rows of a batch end to end instead of padding them.
         args, kwargs: as of `DrafterTrainer`.
 
     Raises:
         UserError: the drafter shall write itself and the target is split over processes, which write unlike texts.
     """
 
-    def __init__(self, *args: Any, placing: Placing, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, placing: Placing, packing: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.placing = placing
+        self.placing, self.packing = placing, packing
         self._block: LongSpecDrafter = self.replica.model  # its configuration
         if self.distillation.on_policy is not None and self.target.sharded:
             raise UserError(
@@ -69,14 +70,20 @@ class LongSpecTrainer(DrafterTrainer):
             positions_BT = self.placing.positions(lengths_B, width, samples_B, step)
         weights_BT = batch["weights"].clone()
         weights_BT[:, 1:] = seen_from(weights_BT[:, 1:], lags_B)
-        return batch | {"weights": weights_BT, "positions": positions_BT, "lags": lags_B}
+        batch = batch | {"weights": weights_BT, "positions": positions_BT, "lags": lags_B}
+        return packed(batch) if self.packing else batch
 
     def _teach(self, model: nn.Module, inputs: Mapping[str, Tensor], states: None = None) -> dict[str, Tensor]:
         """Weighted sums of loss and expected acceptance over the trained tokens of a batch, maybe none."""
         weights_BT, labels_BT = shifted(inputs["weights"], 0.0), shifted(inputs["labels"], -100)
         selected_BT = weights_BT > 0
+        lengths = inputs["lengths"].tolist() if "lengths" in inputs else None
         reading = self.target.reading(
-            inputs["input_ids"], inputs["attention_mask"], self._block.config.kv_layer, inputs["positions"]
+            inputs["input_ids"],
+            inputs["attention_mask"] if lengths is None else None,
+            self._block.config.kv_layer,
+            inputs["positions"],
+            lengths,
         )
         with self.target.head(selected_BT.device) as head:
             lesson = Lesson(
@@ -91,6 +98,17 @@ class LongSpecTrainer(DrafterTrainer):
                 chunk_tokens=self.distillation.chunk_tokens,
             )
             return model(reading=reading, lags=inputs["lags"], lesson=lesson)
+
+
+def packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A padded batch as one row in which its documents lie end to end: all that is a token's, [1, tokens].
+
+    No token predicts another document's, for the first token of a document has no weight. What is a row's stays a
+    document's, [B], with their `lengths` beside it.
+    """
+    real_BT = batch["attention_mask"].bool()
+    row = {name: value[real_BT].unsqueeze(0) for name, value in batch.items() if value.dim() == 2}
+    return batch | row | {"lengths": real_BT.sum(1)}
 
 
 def teach_block(block: LongSpecDrafter) -> LongSpecDrafter:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,9 +61,16 @@ class FrozenTarget:
         hidden_BTH = self._decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
         return hidden_BTH.to(ids_BT.device)
 
-    def reading(self, ids_BT: Tensor, mask_BT: Tensor, layer: int, positions_BT: Tensor) -> Reading:
+    def reading(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None,
+        layer: int,
+        positions_BT: Tensor,
+        lengths: Sequence[int] | None = None,
+    ) -> Reading:
         """What a LongSpec drafter learns from; arguments as of `read_target`."""
-        return read_target(self.model, ids_BT, mask_BT, layer, positions_BT, self._decoder)
+        return read_target(self.model, ids_BT, mask_BT, layer, positions_BT, self._decoder, lengths)
 
     @contextlib.contextmanager
     def head(self, device: torch.device) -> Iterator[OutputHead]:

@@ -74,15 +74,6 @@ def test_a_lagged_query_sees_keys_up_to_its_lag_behind(length, lags):
             torch.testing.assert_close(found[row, :, time], expected)
 
 
-def test_documents_of_a_packed_row_do_not_see_each_other():
-    q, k, v = states(1, 4, 9, 8), states(1, 2, 9, 8, seed=1), states(1, 2, 9, 8, seed=2)
-    document = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
-    packed = lagged_attention(q, k, v, torch.tensor([2]), 0.3, document)
-    for part in (slice(0, 4), slice(4, 9)):
-        alone = lagged_attention(q[:, :, part], k[:, :, part], v[:, :, part], torch.tensor([2]), 0.3)
-        torch.testing.assert_close(packed[:, :, part], alone)
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

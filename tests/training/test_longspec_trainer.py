@@ -18,7 +18,7 @@ from drafttrain.training.arguments import training_arguments
 from drafttrain.training.drafter_data import EMPTY, Collator, Epochs, ResponseDataset
 from drafttrain.training.drafter_trainer import DEFAULTS, FIXED, Distillation
 from drafttrain.training.held_out import HeldOut
-from drafttrain.training.longspec_trainer import LongSpecTrainer
+from drafttrain.training.longspec_trainer import LongSpecTrainer, packed
 from drafttrain.training.losses import mixed
 from drafttrain.training.on_policy import OnPolicy
 from drafttrain.training.positions import Placing
@@ -49,7 +49,7 @@ def recipe(**block) -> DrafterConfig:
     return drafter
 
 
-def make_trainer(folder, target, kind="multi_gap", on_policy=None, held_out=0, **arguments):
+def make_trainer(folder, target, kind="multi_gap", on_policy=None, held_out=0, packing=True, **arguments):
     drafter = build_drafter(recipe(), target)
     placing = Placing.of(PositionsConfig(kind=kind, served=256), 512, drafter.config.depth, seed=3)
     settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True}
@@ -60,21 +60,21 @@ def make_trainer(folder, target, kind="multi_gap", on_policy=None, held_out=0, *
     measured = HeldOut.of(tune, held_out, 3, VOCABULARY, {5}, 512) if held_out else None
     distillation = Distillation(mixed({"forward_kl": 1.0}), 1.0, 8, VOCABULARY, 2 if held_out else 0, on_policy)
     epochs = Epochs(data, 0, args.train_batch_size * args.gradient_accumulation_steps)
-    return LongSpecTrainer(
-        drafter, target.model, args, distillation, epochs, Collator(1), folder, measured, placing=placing
-    )
+    more = {"placing": placing, "packing": packing}
+    return LongSpecTrainer(drafter, target.model, args, distillation, epochs, Collator(1), folder, measured, **more)
 
 
 def weights(trainer):
     return {name: weight.detach().clone() for name, weight in trainer._unwrapped().named_parameters()}
 
 
-def test_a_step_is_the_loss_of_each_row_read_alone(target, tmp_path):
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_is_the_loss_of_each_row_read_alone(target, tmp_path, packing):
     """Every row by itself, without padding, its queries masked one by one: loss and gradient are the same."""
-    trainer = make_trainer(tmp_path, target)
+    trainer = make_trainer(tmp_path, target, packing=False)
     data = trainer.train_dataset.data
     batch = trainer._placed(Collator(1)([data[index] for index in range(4)]), step=5)
-    sums = trainer._teach(trainer.model, batch)
+    sums = trainer._teach(trainer.model, packed(batch) if packing else batch)
     sums["loss"].backward()
     gradient = trainer.model.cross_attn.q_proj.weight.grad.clone()
     block, model = build_drafter(recipe(), target), target.model
@@ -92,6 +92,37 @@ def test_a_step_is_the_loss_of_each_row_read_alone(target, tmp_path):
     total.backward()
     torch.testing.assert_close(sums["loss"], total, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(gradient, block.cross_attn.q_proj.weight.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_packing_changes_no_loss_and_no_gradient(target, tmp_path):
+    """In float32, to rounding; and it is the documents that are kept apart: one document of all rows is another."""
+    trainer = make_trainer(tmp_path, target, packing=False)
+    batch = trainer._placed(Collator(1)([*(trainer.train_dataset.data[at] for at in range(6)), EMPTY]), step=2)
+    assert batch["attention_mask"].min() == 0  # there was something to save
+
+    def taught(inputs):
+        trainer.model.zero_grad()
+        sums = trainer._teach(trainer.model, inputs)
+        sums["loss"].backward()
+        assert inputs["weights"][:, 1:].sum() == batch["weights"][:, 1:].sum()
+        return sums | {name: weight.grad.clone() for name, weight in trainer.model.named_parameters()}
+
+    padded, together = taught(batch), taught(packed(batch))
+    for name, value in padded.items():
+        scale = float(value.detach().abs().max())
+        torch.testing.assert_close(together[name], value, atol=1e-5 * scale, rtol=0, msg=name)
+    mixed_up = packed(batch)
+    mixed_up |= {"lengths": mixed_up["lengths"].sum().view(1), "lags": mixed_up["lags"][:1]}
+    assert (taught(mixed_up)["loss"] - padded["loss"]).abs().item() > 1e-2
+
+
+def test_a_packed_row_has_no_padding(target, tmp_path):
+    trainer = make_trainer(tmp_path, target)
+    rows = [trainer.train_dataset.data[at] for at in range(5)]
+    batch = trainer._placed(Collator(1)(rows), step=0)
+    assert batch["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
+    assert batch["input_ids"][0].tolist() == [token for row in rows for token in row["input_ids"]]
+    assert batch["attention_mask"].all() and batch["lengths"].tolist() == [len(row["input_ids"]) for row in rows]
 
 
 def test_it_learns_and_the_target_does_not(target, tmp_path):
