@@ -233,6 +233,9 @@ class TrainingConfig:
     """longspec: positions that rows are trained at"""
     packing: bool = True
     """longspec: lay the rows of a batch end to end, each seeing itself alone, instead of padding them"""
+    readings: Literal["live", "stored"] = "live"
+    """longspec: what it learns of the target is computed in every step (live), at positions drawn anew, or read from
+    RUN/readings (stored), which data_prep/readings.py makes once, at positions drawn once"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """passed on to transformers.TrainingArguments: learning_rate, num_train_epochs, bf16, deepspeed, ..."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
-SCHEMA_VERSIONS: dict[str, int] = {"prompts": 1, "responses": 1, "traces": 1}
+SCHEMA_VERSIONS: dict[str, int] = {"prompts": 1, "responses": 1, "traces": 1, "readings": 1}
 
 MANIFEST = "manifest.json"
 
@@ -115,6 +115,8 @@ class ShardedWriter:
         UserError: the folder holds records made with other settings, or of another schema.
     """
 
+    suffix = "parquet"
+
     def __init__(self, folder: str | os.PathLike[str], manifest: dict[str, Any], total_rows: int, shard_rows: int):
         self.folder = Path(folder)
         self.kind = manifest["kind"]
@@ -131,7 +133,7 @@ class ShardedWriter:
     def _prepare(self, existing: dict[str, Any] | None) -> None:
         if existing is not None:
             recorded = {key: value for key, value in existing.items() if key not in _BOOKKEEPING}
-            _refuse_differences(
+            refuse_differences(
                 self.folder, differences(recorded, self.manifest), "delete it to start over or choose another --run"
             )
         if is_main():
@@ -148,7 +150,7 @@ class ShardedWriter:
 
     def path(self, shard: int) -> Path:
         """File of a shard."""
-        return self.folder / _shard_name(shard)
+        return self.folder / f"part-{shard:05d}.{self.suffix}"
 
     def pending(self, rank: int = 0, world: int = 1) -> list[int]:
         """Shards that process `rank` of `world` has still to make; damaged files count as missing."""
@@ -166,13 +168,14 @@ class ShardedWriter:
             if set(row) != set(schema.names):
                 raise ValueError(f"fields of a {self.kind} record differ: {sorted(set(row) ^ set(schema.names))}")
         table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata({"drafttrain": self._tag}))
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        temporary = self.folder / f".{_shard_name(shard)}.{os.getpid()}.tmp"
+        self._put(shard, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
+
+    def _put(self, shard: int, write: Callable[[Path], None]) -> None:
+        """Write a shard's file by a function of its temporary path: there it is whole or not at all."""
+        temporary = self.folder / f".{self.path(shard).name}.{os.getpid()}.tmp"
         try:
-            with temporary.open("wb") as file:
-                file.write(buffer.getvalue())
-                file.flush()
+            write(temporary)
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path(shard))
         except BaseException:
@@ -191,14 +194,16 @@ class ShardedWriter:
             shards = []
             for shard in range(self.shards):
                 path = self.path(shard)
-                metadata = _footer(path)
-                shards.append({"file": path.name, "rows": metadata.num_rows, "bytes": path.stat().st_size})
+                shards.append({"file": path.name, "rows": self._rows_in(shard), "bytes": path.stat().st_size})
             rows = sum(shard["rows"] for shard in shards)
             self._write_manifest({"complete": True, "rows": rows, "shards": shards})
         barrier()
 
     def _write_manifest(self, bookkeeping: dict[str, Any]) -> None:
         write_atomically(self.folder / MANIFEST, json.dumps(self.manifest | bookkeeping, indent=1) + "\n")
+
+    def _rows_in(self, shard: int) -> int:
+        return _footer(self.path(shard)).num_rows
 
     def _is_done(self, shard: int) -> bool:
         try:
@@ -306,7 +311,7 @@ def _check_expected(
     advice = "make it again for the present models and settings"
     if all(key.endswith(".weights") for key, _, _ in found):
         advice += " or pass --accept-new-target"
-    _refuse_differences(folder, found, advice)
+    refuse_differences(folder, found, advice)
 
 
 def _restrict(recorded: Any, asked: Any) -> Any:
@@ -316,7 +321,12 @@ def _restrict(recorded: Any, asked: Any) -> Any:
     return {key: _restrict(recorded[key], asked[key]) for key in asked if key in recorded}
 
 
-def _refuse_differences(folder: Path, found: list[tuple[str, Any, Any]], advice: str) -> None:
+def refuse_differences(folder: Path, found: list[tuple[str, Any, Any]], advice: str) -> None:
+    """End in a sentence where `differences` were found.
+
+    Raises:
+        UserError: says which, and what to do.
+    """
     if not found:
         return
     told = "; ".join(f"{key} was {_short(left)} and is now {_short(right)}" for key, left, right in found[:3])
@@ -327,10 +337,6 @@ def _refuse_differences(folder: Path, found: list[tuple[str, Any, Any]], advice:
 def _short(value: Any) -> str:
     text = "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _shard_name(shard: int) -> str:
-    return f"part-{shard:05d}.parquet"
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -359,7 +365,8 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damaged(path: Path) -> UserError:
+def damaged(path: Path) -> UserError:
+    """What a file deserves that is not as it was written."""
     return UserError(f"{path} is damaged or truncated; delete this file and run the program that made it again.")
 
 
@@ -369,17 +376,17 @@ def _footer(path: Path) -> pq.FileMetaData:
     try:
         return pq.read_metadata(path)
     except (OSError, pa.ArrowException):
-        raise _damaged(path) from None
+        raise damaged(path) from None
 
 
 def _read_shard(path: Path, shard: dict[str, Any], kind: str, columns: Sequence[str] | None) -> pa.Table:
     metadata = _footer(path)
     if path.stat().st_size != shard["bytes"] or metadata.num_rows != shard["rows"]:
-        raise _damaged(path)
+        raise damaged(path)
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read(columns=list(columns) if columns else None)
     except (OSError, pa.ArrowException):
-        raise _damaged(path) from None
+        raise damaged(path) from None
     expected = [SCHEMAS[kind].field(name) for name in columns or SCHEMAS[kind].names]
     if not all(field.name in table.schema.names and table.schema.field(field.name) == field for field in expected):
         raise UserError(f"{path} does not have the columns of {kind}; it was written by something else, make it again.")

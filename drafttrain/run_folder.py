@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "drafter"
 
     @property
+    def readings(self) -> Path:
+        """What a LongSpec drafter learns of the target."""
+        return self.path / "readings"
+
+    @property
     def traces(self) -> Path:
         """Accept/reject traces of the pair."""
         return self.path / "traces"

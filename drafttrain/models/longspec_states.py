@@ -32,7 +32,7 @@ class Reading:
 
     Attributes:
         embedded_BTH: its embeddings of the tokens.
-        hidden_BTH: its last states, after the final norm.
+        hidden_BTH: its last states, after the final norm; None where they are kept apart.
         keys_BMTD, values_BMTD: of the layer that is read.
         rotary: at the positions.
         positions_BT: of the tokens, [B or 1, T].
@@ -40,7 +40,7 @@ class Reading:
     """
 
     embedded_BTH: Tensor
-    hidden_BTH: Tensor
+    hidden_BTH: Tensor | None
     keys_BMTD: Tensor
     values_BMTD: Tensor
     rotary: Rotary

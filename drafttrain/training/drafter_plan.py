@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -41,6 +41,7 @@ from drafttrain.training.drafter_program import (
     zero_stage,
 )
 from drafttrain.training.held_out import TOKENS
+from drafttrain.training.readings import check_readings, manifest_of
 from drafttrain.training.work_folder import global_batch
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ def plan(parsed: Parsed) -> None:
     folder = run.require(run.responses, "data_prep/responses.py")
     prints = shapes.target.fingerprint.to_dict()
     parts = {name: prints[name] for name in ("tokenizer", "architecture")}
-    _, train, tune = read_responses(folder, parts)
+    responses, train, tune = read_responses(folder, parts)
     max_length = longest(recipe.training, shapes.context)
     data = require_trainable(ResponseDataset(train, max_length), folder)
+    stored = _readings(parsed, shapes, responses, data) if recipe.training.readings == "stored" else []
     held_out = ResponseDataset(tune, max_length)
     stage = zero_stage(recipe.training.arguments)
     given = {name: value for name, value in recipe.training.arguments.items() if name != "deepspeed"}
@@ -101,6 +103,7 @@ def plan(parsed: Parsed) -> None:
     say("\n--- what would run (estimates, not measured on these weights) ---")
     for line in (
         *_data(data, held_out),
+        *stored,
         *_work(parsed, shapes, arguments, data),
         *_memory(parsed, shapes, arguments, data, held_out, stage),
         _disk(run.path, shapes, arguments, data),
@@ -141,6 +144,18 @@ def _bytes_per_weight(settings: TargetConfig, served: int) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lines
+
+
+def _readings(parsed: Parsed, shapes: Shapes, responses: dict[str, Any], data: ResponseDataset) -> list[str]:
+    run, drafter = RunFolder(parsed.run), shapes.drafter
+    folder = run.require(run.readings, "data_prep/readings.py")
+    prints = shapes.target.fingerprint.to_dict()
+    known = {name: value for name, value in prints.items() if value}
+    placing = placing_of(parsed.recipe, shapes.target, drafter)
+    dtype = DTYPES.get(parsed.recipe.target.dtype) or shapes.target.model.config.dtype or torch.float32
+    found = check_readings(folder, manifest_of(known, drafter.config.kv_layer, dtype, placing, responses, data))
+    size = sum(shard["bytes"] for shard in found["shards"])
+    return [f"readings of the target: {size:,} bytes in {len(found['shards'])} shards, mapped into memory"]
 
 
 def _data(data: ResponseDataset, held_out: ResponseDataset) -> list[str]:

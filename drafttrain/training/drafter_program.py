@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from drafttrain.training.held_out import HeldOut
     from drafttrain.training.on_policy import OnPolicy
     from drafttrain.training.positions import Placing
+    from drafttrain.training.readings import StoredReadings
 
 WORK_FOLDER = "drafter-training"
 """Folder of the run with the Trainer's checkpoints; only the finished drafter goes to drafter/."""
@@ -52,6 +53,7 @@ class Inputs:
         train, tune: responses to train on and held-out ones.
         vocabulary: leading token ids that stand for text; both models have rows for them.
         ends: tokens that end an answer.
+        responses: the manifest of all responses.
         key: changes with anything that changes the drafter.
     """
 
@@ -61,6 +63,7 @@ class Inputs:
     tune: ResponseDataset
     vocabulary: int
     ends: frozenset[int]
+    responses: dict[str, Any]
     key: str
 
     @property
@@ -86,6 +89,7 @@ def train_drafter(parsed: Parsed) -> None:
         return
     from drafttrain.training.drafter_trainer import is_complete
 
+    readings = stored_readings(parsed.recipe, inputs, run)
     run.record(parsed, "drafttrain/train_drafter.py")
     if inputs.train.dropped:
         say(left_out(inputs.train))
@@ -93,7 +97,7 @@ def train_drafter(parsed: Parsed) -> None:
     arguments = drafter_arguments(parsed.recipe, folder)
     clear_unless_same(folder, inputs.key, arguments)
     checkpoint = last_checkpoint(folder, is_complete)
-    trainer = make_trainer(parsed.recipe, inputs, arguments, run.path, checkpoint)
+    trainer = make_trainer(parsed.recipe, inputs, arguments, run.path, checkpoint, readings)
     store_states(trainer, inputs, folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     drafter = trainer.trained()
@@ -115,6 +119,11 @@ def check_settings(recipe: Recipe) -> None:
     mixed(recipe.training.losses)
     check_arguments(recipe.training.arguments)
     zero_stage(recipe.training.arguments)
+    if recipe.training.readings == "stored":
+        if recipe.drafter.kind != "longspec":
+            raise UserError("training.readings stored is for drafter.kind longspec; leave it out.")
+        if not recipe.training.packing:
+            raise UserError("training.readings stored are read end to end; leave training.packing on.")
     Sampling(**dataclasses.asdict(recipe.responses.sampling))
 
 
@@ -145,6 +154,7 @@ def read_inputs(parsed: Parsed) -> Inputs:
         tune=ResponseDataset(tune, max_length),
         vocabulary=1 + max(target.tokenizer.get_vocab().values()),
         ends=end_tokens(target.tokenizer, target.model.generation_config),
+        responses=manifest,
         key=settings_key(recipe, manifest, target, drafter),
     )
 
@@ -227,10 +237,16 @@ def drafter_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 
 
 def make_trainer(
-    recipe: Recipe, inputs: Inputs, arguments: TrainingArguments, run: Path, checkpoint: Path | None = None
+    recipe: Recipe,
+    inputs: Inputs,
+    arguments: TrainingArguments,
+    run: Path,
+    checkpoint: Path | None = None,
+    readings: StoredReadings | None = None,
 ) -> DrafterTrainer:
-    """The Trainer, ready to run."""
+    """The Trainer, ready to run; where readings are stored and nothing decodes, the target loses its layers."""
     from drafttrain.training.drafter_trainer import Distillation, DrafterTrainer
+    from drafttrain.training.sharding import drop_layers
 
     training, pad = recipe.training, inputs.target.tokenizer.pad_token_id
     held_out = _held_out(training, inputs, arguments.per_device_eval_batch_size)
@@ -252,7 +268,9 @@ def make_trainer(
         evaluations=training.tau_evaluations,
         on_policy=_on_policy(recipe, inputs, pad),
     )
-    return kind(
+    if readings is not None and held_out is None and distillation.on_policy is None:
+        drop_layers(inputs.target.model)
+    trainer = kind(
         inputs.drafter,
         inputs.target.model,
         arguments,
@@ -264,6 +282,8 @@ def make_trainer(
         resumed=step_of(checkpoint) if checkpoint else 0,
         **longspec,
     )
+    trainer.states = readings
+    return trainer
 
 
 def placing_of(recipe: Recipe, target: Loaded, drafter: nn.Module) -> Placing:
@@ -275,6 +295,22 @@ def placing_of(recipe: Recipe, target: Loaded, drafter: nn.Module) -> Placing:
     from drafttrain.training.positions import Placing
 
     return Placing.of(recipe.training.positions, max_context(target.model), drafter.config.depth, recipe.seed)
+
+
+def stored_readings(recipe: Recipe, inputs: Inputs, run: RunFolder) -> StoredReadings | None:
+    """What a LongSpec drafter learns of its target, where the recipe wants it from files.
+
+    Raises:
+        UserError: there are no such files, or they are of something else.
+    """
+    if recipe.training.readings == "live":
+        return None
+    from drafttrain.training.readings import StoredReadings, manifest_of
+
+    folder, target = run.require(run.readings, "data_prep/readings.py"), inputs.target
+    placing, layer = placing_of(recipe, target, inputs.drafter), inputs.drafter.config.kv_layer
+    prints, data = target.fingerprint.to_dict(), inputs.train
+    return StoredReadings(folder, manifest_of(prints, layer, target.model.dtype, placing, inputs.responses, data), data)
 
 
 def store_states(trainer: DrafterTrainer, inputs: Inputs, folder: Path) -> None:

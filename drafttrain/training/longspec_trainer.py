@@ -19,9 +19,11 @@ from drafttrain.errors import UserError
 from drafttrain.models.longspec import LongSpecDrafter
 from drafttrain.models.longspec_states import Reading, block_states
 from drafttrain.training.distill_head import Lesson, teach_states
+from drafttrain.training.drafter_data import IGNORED
 from drafttrain.training.drafter_trainer import DrafterTrainer, shifted
 from drafttrain.training.on_policy import OnPolicy
 from drafttrain.training.positions import Placing, seen_from
+from drafttrain.training.readings import StoredReadings
 
 HELD_OUT_STEP = -1
 """Held-out rows look behind by lags of their own, the same at every measurement."""
@@ -35,12 +37,16 @@ class LongSpecTrainer(DrafterTrainer):
         packing: lay the rows of a batch end to end instead of padding them.
         args, kwargs: as of `DrafterTrainer`.
 
+    Attributes:
+        states: what is learnt of the target, when it is stored; else the target runs in every step.
+
     Raises:
         UserError: the drafter shall write itself and the target is split over processes, which write unlike texts.
     """
 
     def __init__(self, *args: Any, placing: Placing, packing: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.states: StoredReadings | None
         self.placing, self.packing = placing, packing
         self._block: LongSpecDrafter = self.replica.model  # its configuration
         if self.distillation.on_policy is not None and self.target.sharded:
@@ -71,24 +77,29 @@ class LongSpecTrainer(DrafterTrainer):
         weights_BT = batch["weights"].clone()
         weights_BT[:, 1:] = seen_from(weights_BT[:, 1:], lags_B)
         batch = batch | {"weights": weights_BT, "positions": positions_BT, "lags": lags_B}
-        return packed(batch) if self.packing else batch
+        if not self.packing:
+            return batch
+        row = packed(batch)
+        if step is not None and self.states is not None and "row" in batch:
+            row["positions"] = torch.cat(self.states.positions(batch["row"].tolist())).to(lags_B.device).unsqueeze(0)
+        return row
 
-    def _teach(self, model: nn.Module, inputs: Mapping[str, Tensor], states: None = None) -> dict[str, Tensor]:
+    def _teach(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], states: StoredReadings | None = None
+    ) -> dict[str, Tensor]:
         """Weighted sums of loss and expected acceptance over the trained tokens of a batch, maybe none."""
-        weights_BT, labels_BT = shifted(inputs["weights"], 0.0), shifted(inputs["labels"], -100)
+        weights_BT, labels_BT = shifted(inputs["weights"], 0.0), shifted(inputs["labels"], IGNORED)
         selected_BT = weights_BT > 0
-        lengths = inputs["lengths"].tolist() if "lengths" in inputs else None
-        reading = self.target.reading(
-            inputs["input_ids"],
-            inputs["attention_mask"] if lengths is None else None,
-            self._block.config.kv_layer,
-            inputs["positions"],
-            lengths,
-        )
+        if states is None:
+            reading = self._read(inputs)
+            hidden_NH = reading.hidden_BTH[selected_BT]
+        else:
+            reading, hidden_NH = self._looked_up(inputs, states)
+            hidden_NH = hidden_NH[selected_BT[labels_BT != IGNORED]]  # stored are those that see nothing, too
         with self.target.head(selected_BT.device) as head:
             lesson = Lesson(
                 selected_BT=selected_BT,
-                hidden_NH=reading.hidden_BTH[selected_BT],
+                hidden_NH=hidden_NH,
                 head=head,
                 labels_N=labels_BT[selected_BT],
                 weights_N=weights_BT[selected_BT],
@@ -98,6 +109,17 @@ class LongSpecTrainer(DrafterTrainer):
                 chunk_tokens=self.distillation.chunk_tokens,
             )
             return model(reading=reading, lags=inputs["lags"], lesson=lesson)
+
+    def _read(self, inputs: Mapping[str, Tensor]) -> Reading:
+        lengths = inputs["lengths"].tolist() if "lengths" in inputs else None
+        mask_BT = inputs["attention_mask"] if lengths is None else None
+        layer = self._block.config.kv_layer
+        return self.target.reading(inputs["input_ids"], mask_BT, layer, inputs["positions"], lengths)
+
+    def _looked_up(self, inputs: Mapping[str, Tensor], states: StoredReadings) -> tuple[Reading, Tensor]:
+        rows, lengths = inputs["row"].tolist(), inputs["lengths"].tolist()
+        with self.target.whole_embedding(), torch.no_grad():
+            return states(rows, self.target.model, inputs["input_ids"], inputs["positions"], lengths)
 
 
 def packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:

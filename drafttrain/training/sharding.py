@@ -73,6 +73,12 @@ class FrozenTarget:
         return read_target(self.model, ids_BT, mask_BT, layer, positions_BT, self._decoder, lengths)
 
     @contextlib.contextmanager
+    def whole_embedding(self) -> Iterator[None]:
+        """Context in which the model's input embedding is whole, to be used apart from the decoder."""
+        with gathered(list(self.model.get_input_embeddings().parameters())):
+            yield
+
+    @contextlib.contextmanager
     def head(self, device: torch.device) -> Iterator[OutputHead]:
         """The output head, whole while the context lasts; gathered once where the target is sharded."""
         with self.whole_head():
@@ -199,8 +205,16 @@ def _fsdp(model: PreTrainedModel, accelerator: Accelerator) -> None:
             tensor.data = tensor.data.to(accelerator.device)
 
 
+def drop_layers(model: PreTrainedModel) -> None:
+    """Free a target's layers where its embedding, rotary embedding and head are all that is used."""
+    decoder, layers = model.get_decoder(), _layers(model)
+    for name, child in decoder.named_children():
+        if child is layers:
+            setattr(decoder, name, nn.ModuleList())
+
+
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     count = model.config.get_text_config().num_hidden_layers
-    return next(
-        child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList) and len(child) == count
-    )
+    children = model.get_decoder().children()
+    lists = (child for child in children if isinstance(child, nn.ModuleList) and len(child) == count)
+    return next(lists, nn.ModuleList())
