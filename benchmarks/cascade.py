@@ -7,10 +7,11 @@ All methods are tuned by one search on questions of their own (drafttrain/evalua
 the best few run) and measured on others, interleaved, greedy, on *revise*, its second turn, *self-correct*, *recall*
 and *facts*. `gain_over_best_speculation` and `gain_over_copy_and_drafter` are ratios of tokens per second, less one, of
 the best method with a review or a horizontal cascade in it; `tuned_gain_over_best_speculation` and `tuned_worst_task`
-are of the method that the search chose, whatever it is. `prediction_error` is the median of |predicted / measured - 1|
-of the methods that the search ran, `_max` the largest. SWI, the standardized walltime improvement, charges every
-forward with its model's parameters (`swi_gain`) or measured cost at width 1 (`swi_gain_measured`) and nothing else.
-`index_microseconds` is what the index costs a token at a context of 32k, reading and looking up.
+are of the method that the search chose, whatever it is: the simplest that cannot be told from the fastest.
+`prediction_error` is the median of |predicted / measured - 1| of the methods that the search ran, `_max` the largest.
+SWI, the standardized walltime improvement, charges every forward with its model's parameters (`swi_gain`) or measured
+cost at width 1 (`swi_gain_measured`) and nothing else. `index_microseconds` is what the index costs a token at a
+context of 32k, reading and looking up.
 """
 
 from __future__ import annotations
@@ -74,9 +75,16 @@ def main() -> None:
         "target": found.costs.target,
         "models": found.costs.models,
         "round": found.costs.round,
+        "judge": found.costs.judge,
         "host": found.costs.host,
     }
-    chosen = {"chosen": found.chosen.method, "speculation": speculation, "both": both, "cascade": cascade}
+    chosen = {
+        "chosen": found.chosen.method,
+        "fastest": found.fastest.method,
+        "speculation": speculation,
+        "both": both,
+        "cascade": cascade,
+    }
     kept = {**chosen, "dropped": found.dropped, "tried": tried, "costs": costs, "runs": world.rows(runs, BASE)}
     finish("cascade", figures, kept, options.output)
 
@@ -85,7 +93,7 @@ def _swi(models: Models, found: Tuned, runs: world.Runs, cascade: str, speculati
     """The standardized walltime improvement of the cascade over the best single drafter, less one."""
     sizes = [sum(weight.numel() for weight in each.model.parameters()) for each in (models.target, models.drafter)]
     by_size = {"drafter": sizes[1] / sizes[0]}
-    measured = {name: costs[1] / found.costs.target[1] for name, costs in found.costs.models.items()}
+    measured = {name: costs[1] for name, costs in found.costs.models.items()}
     gains = {}
     for name, costs in (("swi_gain", by_size), ("swi_gain_measured", measured)):
         own, base = (_standardized(runs, method, costs) for method in (cascade, speculation))

@@ -99,6 +99,11 @@ class Expression:
         """All member names that the method needs."""
         return set().union(*(_members(value) for _, value in self.arguments))
 
+    @property
+    def settings(self) -> int:
+        """How much it says: numbers and words, its own and of the methods inside it."""
+        return sum(_settings(value) for _, value in self.arguments)
+
 
 def parse_method(text: str) -> Expression:
     """Parse a method expression.
@@ -484,6 +489,12 @@ def _members(value: Any) -> set[str]:
     if isinstance(value, Expression):
         return value.members
     return set().union(*map(_members, value)) if isinstance(value, tuple) else set()
+
+
+def _settings(value: Any) -> int:
+    if isinstance(value, tuple):
+        return sum(map(_settings, value))
+    return value.settings if isinstance(value, Expression) else not isinstance(value, Member)
 
 
 def _part(value: Any) -> str:

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from itertools import permutations
 
 LENGTHS = (2, 3, 4, 6, 8, 12, 16)
-CONFIDENCES = (0.2, 0.4, 0.6, 0.8)
+THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
+ENTROPIES = (0.5, 1.0, 2.0)
 BLOCKS = (4, 8, 16, 24)
 FIRST = (2, 4, 8, 12)
 
 
-def singles(member: str) -> list[str]:
-    """One model: fixed lengths and confidence thresholds."""
+def singles(member: str, heads: Sequence[str] = ()) -> list[str]:
+    """One model: fixed lengths, and stopping by confidence, by entropy and by acceptance heads of its own."""
     fixed = [f"Model({member}, length={length})" for length in LENGTHS]
-    return fixed + [f"Model({member}, stop=Confidence({each}, max=16))" for each in CONFIDENCES]
+    rules = [f"Confidence({each}, max=16)" for each in THRESHOLDS]
+    rules += [f"Entropy({each}, max=16)" for each in ENTROPIES]
+    rules += [f"AcceptanceHead({head}, {each}, max=16)" for head in heads for each in THRESHOLDS]
+    return fixed + [f"Model({member}, stop={rule})" for rule in rules]
 
 
 def copies(bigrams: bool) -> list[str]:

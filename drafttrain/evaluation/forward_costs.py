@@ -27,6 +27,7 @@ class ForwardCosts:
         models: c(w) of every other model, choosing its tokens included.
         round: o, what a drafted round costs beside drafting and the target's forward.
         step_seconds: an autoregressive step.
+        judge: what asking a stopping rule about a token costs.
         host: how many times its seconds in a loop of its own a drafter's Python takes between forwards, whose weights
             push it out of the processor's caches.
     """
@@ -35,6 +36,7 @@ class ForwardCosts:
     models: Mapping[str, Mapping[int, float]]
     round: float
     step_seconds: float
+    judge: float = 0.0
     host: float = 1.0
 
     def predicted(self, sketch: Sketch) -> float:
@@ -51,7 +53,7 @@ class ForwardCosts:
         draft = sum(
             n * at(self.models[name], width) for name, reads in sketch.reads.items() for width, n in reads.items()
         )
-        return verify + draft
+        return verify + draft + self.judge * sketch.judged
 
 
 def at(costs: Mapping[int, float], width: int) -> float:
@@ -95,8 +97,9 @@ def forward_seconds(engines: Mapping[str, Engine], context: int, repeats: int = 
 def fitted(costs: ForwardCosts, runs: Sequence[tuple[Sketch, float]]) -> ForwardCosts:
     """The costs with what rounds and draft forwards cost beside, such that real runs cost what was measured.
 
-    Steps are taken to be s times the forwards', h times the drafters' own, o a round and e a draft forward, none
-    negative: least squares over the runs. s is the machine's load, which was another when the forwards were timed.
+    Steps are taken to be s times the forwards', h times the drafters' own, o a round, e a draft forward and j a token
+    that a stopping rule judges, none negative: least squares over the runs. s is the machine's load, which was another
+    when the forwards were timed.
 
     Args:
         costs: of the forwards alone.
@@ -104,15 +107,21 @@ def fitted(costs: ForwardCosts, runs: Sequence[tuple[Sketch, float]]) -> Forward
     """
     table = np.array(
         [
-            [costs.forwards(sketch), sketch.rounds.total(), _forwards(sketch), sketch.host_seconds / costs.step_seconds]
+            [
+                costs.forwards(sketch),
+                sketch.rounds.total(),
+                _forwards(sketch),
+                sketch.judged,
+                sketch.host_seconds / costs.step_seconds,
+            ]
             for sketch, _ in runs
         ]
     )
     steps = np.array([taken for _, taken in runs])
-    scale, beside, each, host = _least_squares(table, steps)
+    scale, beside, each, judge, host = _least_squares(table, steps)
     target = {width: scale * v for width, v in costs.target.items()}
     models = {name: {width: scale * c + each for width, c in own.items()} for name, own in costs.models.items()}
-    return ForwardCosts(target, models, beside, costs.step_seconds, host)
+    return ForwardCosts(target, models, beside, costs.step_seconds, judge, host)
 
 
 def _least_squares(table_RC: np.ndarray, steps_R: np.ndarray) -> list[float]:

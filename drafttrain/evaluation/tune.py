@@ -4,21 +4,24 @@
 
 The target answers the tuning prompts once. What every model would have proposed along the answers is looked up, the
 cost of a forward of every model is measured by width, and hundreds of methods are counted without running a model:
-lengths, thresholds, copying by every policy, cascades of every order and their numbers. The best few are then run.
-RUN/tune.json keeps predicted and measured speed-ups, RUN/tune.md says it in words, RUN/tuned.yaml is the recipe.
+lengths, stopping rules, copying by every policy, cascades of every order and their numbers. The best few are then run,
+and of those that cannot be told from the fastest the simplest is taken. RUN/tune.json keeps predicted and measured
+speed-ups, RUN/tune.md says it in words, RUN/tuned.yaml is the recipe.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 import yaml
 
 from drafttrain.config import Parsed
 from drafttrain.decoding.counts import Completion
+from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import parse_method
 from drafttrain.dialogue import answer_text
 from drafttrain.distributed import say
@@ -26,19 +29,23 @@ from drafttrain.errors import UserError
 from drafttrain.evaluation.candidates import combinations, copies, singles
 from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.forward_costs import ForwardCosts, fitted, forward_seconds
+from drafttrain.evaluation.guesses import Answer, look_up
 from drafttrain.evaluation.inputs import inputs_of
 from drafttrain.evaluation.names import sampling_name, sampling_of
 from drafttrain.evaluation.pair import BIGRAMS, Models, load_models
 from drafttrain.evaluation.questions import Limits, Question, is_right, questions_of
 from drafttrain.evaluation.runner import answer, interleave
 from drafttrain.evaluation.schema import AUTOREGRESSIVE
-from drafttrain.evaluation.sketch import Answer, Sketch, count, look_up
+from drafttrain.evaluation.sketch import Sketch, count
+from drafttrain.evaluation.statistics import Interval, bootstrap
+from drafttrain.evaluation.tree_tuning import tuned_tree
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder, write_atomically
 
 ANCHORS = (
     "Model({0}, length=2)",
     "Model({0}, length=8)",
+    "Model({0}, stop=Confidence(0.6, max=16))",
     "FirstOf(Copy(), Model({0}, length=4))",
     "Reviewed({0}, inner=Copy())",
     "Then((Reviewed({0}, inner=MaxGram()), 2), (MaxGram(), 24))",
@@ -59,6 +66,13 @@ class Tried:
     predicted_by_task: dict[str, float] = field(default_factory=dict)
     measured: float | None = None
     measured_by_task: dict[str, float] = field(default_factory=dict)
+    behind: Interval | None = None
+    """the fastest method's speed over its own, with a 95 % interval over prompts"""
+
+    @property
+    def ties(self) -> bool:
+        """Whether it cannot be told from the fastest."""
+        return self.behind is not None and self.behind.low <= 1
 
     @property
     def error(self) -> float | None:
@@ -71,7 +85,8 @@ class Tuned:
     """What was found.
 
     Attributes:
-        chosen: the fastest as measured.
+        fastest: as measured.
+        chosen: of all that cannot be told from the fastest the simplest.
         best_speculation: the fastest method of a single drafting model.
         best_pair: the fastest of a copy before such.
         best_cascade: the fastest in which a model reviews or several draft one behind another.
@@ -80,6 +95,7 @@ class Tuned:
         costs: of forwards, by which was counted.
     """
 
+    fastest: Tried
     chosen: Tried
     best_speculation: Tried
     best_pair: Tried
@@ -103,54 +119,66 @@ class Tuner:
         questions: tuning prompts.
         seed: of all draws.
         repeats: of every real run.
+        trees: find the shape of a tree, too.
     """
 
     def __init__(
-        self, models: Models, sampling: Sampling, questions: Sequence[Question], seed: int = 0, repeats: int = 2
+        self,
+        models: Models,
+        sampling: Sampling,
+        questions: Sequence[Question],
+        seed: int = 0,
+        repeats: int = 2,
+        trees: bool = False,
     ) -> None:
+        self.trees = trees
         self.models, self.sampling, self.seed, self.repeats = models, sampling, seed, repeats
         self.target = models.engines()[0]
         members = models.members()
         self.members = ["drafter", *models.others]
         self.engines = {name: members[name] for name in self.members}
-        self.tables = {BIGRAMS: members[BIGRAMS]} if BIGRAMS in members else {}
+        self.more = {name: each for name, each in members.items() if name not in self.members}
         self.questions, completions = self._usable(questions)
         self.answers = [
-            look_up(self.engines, self.target, each.ids, done.token_ids, sampling, each.task, each.sample_id)
+            look_up(self.engines, self.target, each, done.token_ids, sampling, {"drafter": models.heads})
             for each, done in zip(self.questions, completions, strict=True)
         ]
         self.costs = self._costs()
 
     def run(self) -> Tuned:
         """Count, rank, confirm."""
-        single = [method for member in self.members for method in singles(member)]
-        ranked = self._ranked([*single, *copies(bool(self.tables))])
+        single = [method for member in self.members for method in singles(member, self._heads(member))]
+        ranked = self._ranked([*single, *copies(BIGRAMS in self.more)])
         say(f"tune: {len(ranked)} single drafters and copies counted")
         of_models = [each for each in ranked if each.method in single]
+        tree = self._tree() if self.trees else []
         tops = [each.method for each in of_models[:3]]
         tops += [next(each.method for each in of_models if f"({name}," in each.method) for name in self.members]
         short = [f"Model({name}, length=4)" for name in self.members]
         bottoms = [each.method for each in ranked if each.method not in single][:3]
         more = combinations(self.members, list(dict.fromkeys([*tops, *short])), bottoms)
-        ranked = sorted([*ranked, *self._ranked(more)], key=lambda each: -each.predicted)
+        ranked = sorted([*ranked, *self._ranked(more), *tree], key=lambda each: -each.predicted)
         say(f"tune: {len(ranked)} methods counted, the best is {ranked[0].method}")
         pairs = [each for each in ranked if each.method.startswith("FirstOf(") and _flat(each.method)]
         cascades = [each for each in ranked if cascaded(each.method)]
-        wanted = [*ranked[:CONFIRMED], *of_models[:2], *pairs[:2], *cascades[:2]]
-        chosen = list(dict.fromkeys(each.method for each in wanted))
-        self._confirm([next(each for each in ranked if each.method == method) for method in chosen])
+        wanted = [*ranked[:CONFIRMED], *of_models[:2], *tree, *pairs[:2], *cascades[:2]]
+        self._confirm(list({each.method: each for each in wanted}.values()))
         measured = [each for each in ranked if each.measured is not None]
-        best = _fastest(measured)
-        used = parse_method(best.method).members | ({"copying"} if _copies(best.method) else set())
+        chosen = min((each for each in measured if each.ties), key=lambda each: simplicity(each.method, self.engines))
+        used = parse_method(chosen.method).members | ({"copying"} if _copies(chosen.method) else set())
         return Tuned(
-            best,
-            _fastest(of_models),
+            _fastest(measured),
+            chosen,
+            _fastest([*of_models, *tree]),
             _fastest(pairs),
             _fastest(cascades),
             ranked,
-            [name for name in [*self.members, *self.tables, "copying"] if name not in used],
+            [name for name in [*self.members, *self.more, "copying"] if name not in used],
             self.costs,
         )
+
+    def _heads(self, member: str) -> list[str]:
+        return list(self.models.heads) if member == "drafter" else []
 
     # ---- counting ----
 
@@ -158,7 +186,7 @@ class Tuner:
         return sorted(map(self.counted, methods), key=lambda each: -each.predicted)
 
     def _counts(self, method: str) -> list[Sketch]:
-        return count(method, self.answers, self.models.vocabulary, self.models.ends, self.tables)
+        return count(method, self.answers, self.models.vocabulary, self.models.ends, self.more)
 
     def counted(self, method: str) -> Tried:
         """What the cost model says of a method on the recorded answers."""
@@ -166,6 +194,11 @@ class Tuner:
         tasks = list(dict.fromkeys(each.task for each in self.answers))
         by_task = {task: self.costs.predicted(_sum(self.answers, sketches, task)) for task in tasks}
         return Tried(method, self.costs.predicted(_sum(self.answers, sketches)), by_task)
+
+    def _tree(self) -> list[Tried]:
+        """The tree that should be fastest, by costs and acceptance (tree_tuning.py); none if it is a chain."""
+        shape = tuned_tree(self.models, self.sampling, self.questions, self.questions, 1, self.seed).shape
+        return [] if shape.chain else [Tried(f"Model(drafter, tree={list(shape.widths)})", shape.speedup)]
 
     # ---- real runs ----
 
@@ -203,27 +236,51 @@ class Tuner:
 
     def _confirm(self, chosen: Sequence[Tried]) -> None:
         runs = self._real([AUTOREGRESSIVE, *(each.method for each in chosen)])
-        for each in chosen:
-            each.measured = sum(runs[AUTOREGRESSIVE]) / sum(runs[each.method])
-            for task in each.predicted_by_task:
-                own, base = (
-                    sum(value for value, one in zip(runs[name], self.answers, strict=True) if one.task == task)
-                    for name in (each.method, AUTOREGRESSIVE)
-                )
-                each.measured_by_task[task] = base / own
+        measure(chosen, runs, [each.task for each in self.answers])
 
     def _real(self, methods: Sequence[str]) -> dict[str, list[float]]:
-        """Seconds a token of every method, times the recorded tokens, question by question."""
+        """Seconds a token of every method in its fastest repeat, times the recorded tokens, question by question.
+
+        The fastest, for whatever else a machine does takes time from a run and gives it none.
+        """
         made = {method: self.models.decoder(method, self.sampling, self.seed) for method in methods}
         runs = interleave(made, self.questions, 1, self.repeats, 1, "tune")
         return {
             method: [
-                statistics.median(each.counts.decode_seconds / each.counts.tokens for each in repeats)
-                * len(recorded.tokens)
+                min(each.counts.decode_seconds / each.counts.tokens for each in repeats) * len(recorded.tokens)
                 for repeats, recorded in zip(found, self.answers, strict=True)
             ]
             for method, found in runs.items()
         }
+
+
+def measure(tried: Sequence[Tried], runs: Mapping[str, Sequence[float]], tasks: Sequence[str]) -> None:
+    """Fill in what real runs say of methods.
+
+    Args:
+        tried: the methods.
+        runs: seconds of each and of autoregressive decoding, prompt by prompt.
+        tasks: of the prompts.
+    """
+    for each in tried:
+        each.measured = sum(runs[AUTOREGRESSIVE]) / sum(runs[each.method])
+        for task in dict.fromkeys(tasks):
+            own, base = (
+                sum(value for value, one in zip(runs[name], tasks, strict=True) if one == task)
+                for name in (each.method, AUTOREGRESSIVE)
+            )
+            each.measured_by_task[task] = base / own
+    best = _fastest(tried).method
+    for each in tried:
+        seconds_P2 = np.array([runs[each.method], runs[best]]).T
+        each.behind = bootstrap(seconds_P2, lambda sums: sums[..., 0] / sums[..., 1], tasks)
+
+
+def simplicity(method: str, engines: Mapping[str, Engine]) -> tuple[int, int, int]:
+    """Members, weights of the models, settings: the fewer, the simpler."""
+    expression = parse_method(method)
+    weights = [each for name in expression.members & engines.keys() for each in engines[name].model.parameters()]
+    return len(expression.members) + _copies(method), sum(each.numel() for each in weights), expression.settings
 
 
 def _sum(answers: Sequence[Answer], sketches: Sequence[Sketch], task: str | None = None) -> Sketch:
@@ -267,6 +324,11 @@ def tune(parsed: Parsed, report: Callable[[str], None] = say) -> None:
         raise UserError("tune needs real drafts; leave out evaluate.synthetic_acceptance.")
     run = RunFolder(parsed.run).create()
     models = load_models(parsed)
+    if models.reads_target:
+        raise UserError(
+            f"{models.drafter.path} is a LongSpec drafter, of which recorded answers say nothing without its target; "
+            "drafttrain evaluate measures its methods."
+        )
     inputs = inputs_of(parsed, models.tokenizer, models.context, write=not parsed.plan)
     settings = recipe.evaluate.samplings or [recipe.responses.sampling]
     sampling = sampling_of(settings[0])
@@ -277,7 +339,7 @@ def tune(parsed: Parsed, report: Callable[[str], None] = say) -> None:
         return
     run.record(parsed, "drafttrain tune")
     questions = questions_of(inputs.tune, models.tokenizer, limits, lambda each: answer(decoder, each))
-    found = Tuner(models, sampling, questions, recipe.seed, recipe.evaluate.repeats).run()
+    found = Tuner(models, sampling, questions, recipe.seed, recipe.evaluate.repeats, recipe.evaluate.trees).run()
     write(found, run, parsed, sampling_name(settings[0]))
     for line in lines_of(found):
         report(line)
@@ -285,10 +347,18 @@ def tune(parsed: Parsed, report: Callable[[str], None] = say) -> None:
 
 def lines_of(found: Tuned) -> list[str]:
     """What was found, a sentence each."""
-    best, base, both, cascade = found.chosen, found.best_speculation, found.best_pair, found.best_cascade
+    best, base, both, cascade = found.fastest, found.best_speculation, found.best_pair, found.best_cascade
     errors = [abs(each.error) for each in found.confirmed]
     lines = [
         f"Fastest: {best.method}, {best.measured:.2f} times autoregressive decoding (predicted {best.predicted:.2f}).",
+    ]
+    if found.chosen is not best:
+        simpler = found.chosen
+        lines.append(
+            f"Chosen: {simpler.method}, {simpler.measured:.2f}, which is simpler; the fastest is {simpler.behind} "
+            "times as fast, too little to tell."
+        )
+    lines += [
         f"Best single drafter: {base.method}, {base.measured:.2f}; best copy and drafter: {both.method}, "
         f"{both.measured:.2f}; best cascade: {cascade.method}, {cascade.measured:.2f}.",
         f"Counted {len(found.tried)} methods, ran {len(found.confirmed)}; predictions were off by "
@@ -302,9 +372,9 @@ def write(found: Tuned, run: RunFolder, parsed: Parsed, sampling: str) -> None:
     """tune.json, tune.md and tuned.yaml."""
     kept = replace(found, tried=[each for each in found.tried if each.measured is not None] + found.tried[:40])
     write_atomically(run.path / "tune.json", json.dumps({"sampling": sampling, **asdict(kept)}, indent=1) + "\n")
-    table = ["| method | predicted | measured | error |", "|---|---|---|---|"]
+    table = ["| method | predicted | measured | error | the fastest over it |", "|---|---|---|---|---|"]
     table += [
-        f"| `{each.method}` | {each.predicted:.2f} | {each.measured:.2f} | {each.error:+.1%} |"
+        f"| `{each.method}` | {each.predicted:.2f} | {each.measured:.2f} | {each.error:+.1%} | {each.behind} |"
         for each in sorted(found.confirmed, key=lambda each: -each.measured)
     ]
     text = "\n".join([f"# Tuned, {sampling}", "", *(f"{line}\n" for line in lines_of(found)), *table]) + "\n"
