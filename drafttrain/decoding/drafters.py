@@ -164,7 +164,8 @@ class ModelDrafter:
         self._setting: Setting | None = None
         self._committed: Committed | None = None
         self._base: list[int] = []  # committed tokens of each row when the last proposal began
-        self._asked: tuple[Draft | None, Draft] | None = None  # in this round: the last prefix and draft that it read
+        # in this round: the last prefix and draft that it read
+        self._asked: tuple[Draft | None, Draft | None] | None = None
 
     def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
         """Read the prompts, each but its last token."""
@@ -271,18 +272,20 @@ class ModelDrafter:
                 for base, text, tokens in zip(self._base, texts, held, strict=True)
             ]
             self.cache.rollback([min(pair) for pair in zip(self.cache.lengths, kept, strict=True)])
-        self._base, self._asked = committed.lengths, (prefix, Draft.empty(len(texts), self.engine.device))
+        self._base, self._asked = committed.lengths, (prefix, None)
         return texts
 
     def _pending(self, committed: Committed, texts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int] | None]:
         """What the cache has not read of each text: at least the last token."""
-        unread = [self._readable(text[length:]) for text, length in zip(texts, self.cache.lengths, strict=True)]
-        chunk = self.engine.chunk
+        lengths, chunk = self.cache.lengths, self.engine.chunk
+        if texts is committed.tokens:
+            entries = self.engine.entries
+            if lengths == [len(text) - 1 if text[-1] < entries else -1 for text in texts]:
+                return committed.last(self.engine.device), None  # which the target reads too
+        unread = [self._readable(text[length:]) for text, length in zip(texts, lengths, strict=True)]
         if max(map(len, unread)) > chunk:
             self.engine.read(self.cache, [text[:-1] for text in unread])
             unread = [text[-1:] for text in unread]
-        if texts is committed.tokens and unread == [text[-1:] for text in texts]:
-            return committed.last(self.engine.device), None  # which the target reads too
         return pad(unread, self.engine.device)
 
     def _readable(self, tokens: Sequence[int]) -> list[int]:

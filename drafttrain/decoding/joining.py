@@ -77,10 +77,9 @@ def cut(draft: Draft, lengths: list[int]) -> Draft:
     )
 
 
-def rows_behind(prefix: Draft | None, draft: Draft, rows: int) -> list[list[int]]:
+def rows_behind(prefix: Draft | None, draft: Draft | None, rows: int) -> list[list[int]]:
     """The tokens of each row of prefix ++ draft. Reads from the device."""
-    before = [[]] * rows if prefix is None or prefix.width == 0 else prefix.rows()
-    own = [[]] * rows if draft.width == 0 else draft.rows()
+    before, own = ([[]] * rows if each is None or each.width == 0 else each.rows() for each in (prefix, draft))
     return [first + second for first, second in zip(before, own, strict=True)]
 
 

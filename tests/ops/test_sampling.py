@@ -132,6 +132,9 @@ def test_the_greedy_token_is_the_first_of_the_largest_also_beside_cut_off_rows(d
 def test_of_equal_logits_the_first_is_chosen_however_many_positions_are_read(dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (40, 4, 67), generator=generator).to(dtype)
+    logits[:8] -= 5.0
+    logits[8] = -0.0
+    logits[8, :, 5:9] = 0.0
     first = (logits == logits.amax(-1, keepdim=True)).int().numpy().argmax(-1)
     greedy = Sampling(0.0)
     assert greedy.choose(logits).tolist() == first.tolist()
