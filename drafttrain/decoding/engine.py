@@ -9,7 +9,7 @@ drafter at once. The output head runs only where logits are wanted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import NamedTuple
 
@@ -53,6 +53,10 @@ class Output(NamedTuple):
     hidden: Tensor | None
 
 
+class _Cached(Exception):
+    """All that was wanted of a forward is in the cache: raised in the last layer, behind its keys and values."""
+
+
 class Engine:
     """Runs a decoder-only transformers model over ragged batches.
 
@@ -94,6 +98,7 @@ class Engine:
         self._hybrid = not self.softcap and len(devices) == 1  # between devices masks are copied as plain tensors
         self._embedding = model.get_input_embeddings()
         self._offloaded = has_offloaded_params(self._embedding)  # its weight is on no device until it is needed
+        self._hooked = any(hasattr(part, "_hf_hook") for part in model.modules())  # a layer begun is to end
         self.entries: int = self._embedding.weight.shape[0]
         self._head = model.get_output_embeddings()
         _check_parts(model, self._embedding, self._head)
@@ -205,7 +210,7 @@ class Engine:
                     hidden_BKH, logits_BKV = _last_real(hidden_BKH, counts), _last_real(logits_BKV, counts)
                 return Output(logits_BKV, hidden_BKH)
         positions_BQ = cache.query_positions() if tree is None else _positions(cache, tree)
-        with self._attending(cache, positions_BQ, tree, keep != "cache") as mask:
+        with suppress(_Cached), self._attending(cache, positions_BQ, tree, keep != "cache") as mask:
             hidden_BQH = self.body(
                 input_ids=tokens_BQ,
                 attention_mask=mask,
@@ -255,9 +260,11 @@ class Engine:
     def _attend_but_last(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, None]:
-        """`attention`, and nothing in the last layer: a two-layer drafter reads a long prompt in half the time."""
+        """`attention`, and an end in the last layer: a two-layer drafter reads a long prompt in half the time."""
         if module.layer_idx < self.layers - 1:
             return attention(module, query, key, value, *args, **kwargs)
+        if not self._hooked:
+            raise _Cached
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def masks(self, make: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:

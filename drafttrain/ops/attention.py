@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 
 from drafttrain.errors import UserError
-from drafttrain.ops.cache import DenseCache
+from drafttrain.ops.cache import DenseCache, Span
 from drafttrain.ops.tree import TreeBlock
 from drafttrain.ops.tree_attention import TreeMask, tree_attention
 from drafttrain.ops.upload import upload
@@ -133,6 +133,8 @@ def prepare_mask(
             return stand_in(_CAUSAL_SHAPE, positions_BQ.device)
     if span.width > 1 and groups > 1 and (softcap or groups * span.width <= FOLD_ROWS):
         positions_BQ = positions_BQ.repeat(1, groups)
+    elif span.start is not None and not windowed and cache.in_order:
+        return _behind(span, dtype, positions_BQ.device)
     return _additive(cache.visible(positions_BQ, window if windowed else None), dtype)
 
 
@@ -164,6 +166,13 @@ def prepare_tree_mask(
         seen_BQT = seen_BQT & ((first_B1 + tree.depth_BT).unsqueeze(1) > node_BQ1 - window)
     index_BQT = slots_BT.unsqueeze(1).expand_as(seen_BQT)
     return _additive(visible_BQS.scatter(2, index_BQT, seen_BQT).repeat(1, groups, 1), dtype)
+
+
+def _behind(span: Span, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All that stands before the span is seen, and the span causally: [1, 1, Q, S]; of a prompt's piece, thus cheap."""
+    mask_QS = torch.zeros(span.width, span.bound, dtype=dtype, device=device)
+    mask_QS[:, span.start :] = torch.full((span.width, span.width), -torch.inf, dtype=dtype, device=device).triu_(1)
+    return mask_QS[None, None]
 
 
 def _additive(visible_BQS: Tensor, dtype: torch.dtype) -> Tensor:

@@ -119,7 +119,7 @@ def test_a_reader_that_was_interrupted_reads_anew(monkeypatch):
     reader = Reader(TARGET)
     with torch.inference_mode():
         reader.begin(PROMPTS[0], 4, 8)
-        monkeypatch.setattr(TARGET.model.model.layers[1].mlp, "forward", None)
+        monkeypatch.setattr(TARGET.model.model.layers[0].mlp, "forward", None)
         with pytest.raises(TypeError):
             reader.begin([*PROMPTS[0][:20], *PROMPTS[1]], 4, 8)
         monkeypatch.undo()
