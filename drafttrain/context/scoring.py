@@ -1,6 +1,6 @@
 """How much attention some queries pay to each key, in bounded memory, and the smoothing of such scores."""
 
-# N query heads, M key heads, G = N / M, R query rows, S keys, D head size, C keys of a chunk
+# N query heads, M key heads, G = N / M, R query rows, S keys, D head size
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn.functional import avg_pool1d, max_pool1d, pad
 Reduction = Literal["max", "mean"]
 Pooling = Literal["max", "mean"]
 
-CHUNK_SCORES = 1 << 22
-"""Scores computed at once; with float32 and the few temporaries of a softmax some 70 MB."""
+SCORES = 1 << 22
+"""Scores computed at once; with their softmax some 50 MB."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Looked:
     Attributes:
         query: [N, R, D], with their rotation.
         key: [M, S, D], likewise.
-        rows: int64 [R], positions of the queries.
-        positions: int64 [S], of the keys.
+        rows: int64 [R], positions of the queries, ascending.
+        positions: int64 [S], of the keys, ascending.
         window: the layer's sliding window or None.
         scaling: multiplies the products; None is 1 / sqrt(D).
         softcap: products are squashed to softcap * tanh(product / softcap), None leaves them.
@@ -42,39 +42,47 @@ class Looked:
     softcap: float | None = None
 
     @property
-    def at_once(self) -> bool:
-        """Whether one chunk holds all scores."""
-        return self._step() >= self.key.shape[1]
+    def groups(self) -> int:
+        """G."""
+        return len(self.query) // len(self.key)
 
-    def _step(self) -> int:
-        """Keys of a chunk."""
-        heads, rows, _ = self.query.shape
-        return max(64, CHUNK_SCORES // (heads * rows))
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Scores before the softmax, [M, G * R, C] in float32 (or float64), -inf where a query may not look."""
-        heads, _, size = self.query.shape
-        folded = self.query.reshape(len(self.key), -1, size)
-        wide = torch.float64 if folded.dtype == torch.float64 else torch.float32
-        step = self._step()
+    def shares(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Attention by parts: query heads, rows, and their softmax over all keys, [n, r, S] in float32 (or float64)."""
+        size = self.query.shape[2]
+        wide = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         scaling = size**-0.5 if self.scaling is None else self.scaling
-        for start in range(0, self.key.shape[1], step):
-            part = slice(start, start + step)
-            scores = (folded @ self.key[:, part].transpose(1, 2)).to(wide).mul_(scaling)
+        first, hidden_RS = self._hidden()
+        for heads, rows in self._parts():
+            query, key = self.query[heads, rows], self.key[heads.start // self.groups : -(-heads.stop // self.groups)]
+            products = query.reshape(len(key), -1, size) @ key.transpose(1, 2)
+            scores = products.to(wide).mul_(scaling).reshape(*query.shape[:2], -1)
             if self.softcap is not None:
                 scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-            hidden = self._hidden(part)
-            if hidden is not None:
-                scores.masked_fill_(hidden.repeat(heads // len(self.key), 1), -torch.inf)
-            yield part, scores
+            scores[..., first:].masked_fill_(hidden_RS[rows], -torch.inf)
+            yield heads, rows, scores.softmax(2)
 
-    def _hidden(self, part: slice) -> Tensor | None:
-        """Keys of a chunk that a row may not see: bool [R, C], None where it may see all."""
-        keys, rows = self.positions[part], self.rows.unsqueeze(1)
+    def _parts(self) -> Iterator[tuple[slice, slice]]:
+        """Heads and rows to be looked at together: all heads of some key heads, or else rows of one query head."""
+        heads, rows, _ = self.query.shape
+        fitting = max(1, SCORES // self.key.shape[1])
+        if fitting >= self.groups * rows:
+            step = fitting // (self.groups * rows) * self.groups
+            yield from ((slice(head, min(heads, head + step)), slice(0, rows)) for head in range(0, heads, step))
+        else:
+            for head in range(heads):
+                for row in range(0, rows, fitting):
+                    yield slice(head, head + 1), slice(row, row + fitting)
+
+    def _hidden(self) -> tuple[int, Tensor]:
+        """The first key that may be hidden from a row, and from there on which are: bool [R, S - first]."""
+        first = 0
+        if self.window is None:
+            first = int(torch.searchsorted(self.positions, self.rows[0], right=True))
+        keys, rows = self.positions[first:], self.rows.unsqueeze(1)
         hidden = keys > rows
         if self.window is not None:
             hidden |= keys <= rows - self.window
-        return hidden if bool(hidden.any()) else None
+        return first, hidden
 
 
 def attention_mass(
@@ -82,34 +90,30 @@ def attention_mass(
 ) -> Tensor:
     """Attention that each key gets, over the query rows and the query heads of its key head.
 
-    Two passes over chunks of keys: the softmax's normaliser first, then the probabilities, reduced at once. The scores
-    are computed again for the second, unless one chunk holds them all.
-
     Args:
         looked: queries and keys.
         reduction: of rows and heads together.
-        weights_R: factor of each row's probabilities.
+        weights_R: factor of each row's probabilities, none below zero.
         per_head: keep the query heads apart.
 
     Returns:
         [M, S], or [N, S] per head; float32, float64 where the queries are.
     """
-    kept = list(looked.chunks()) if looked.at_once else None
-    norm = None
-    for _, scores in kept or looked.chunks():
-        part = scores.logsumexp(2, keepdim=True)
-        norm = part if norm is None else torch.logaddexp(norm, part)
     heads, rows, _ = looked.query.shape
-    key_heads, size = looked.key.shape[:2]
-    groups = heads if per_head else key_heads
-    mass = norm.new_empty(groups, size)
-    for part, scores in kept or looked.chunks():
-        shares = scores.sub_(norm).exp_()
+    mass_NS = None
+    for own, part, shares in looked.shares():
+        if mass_NS is None:
+            mass_NS = shares.new_zeros(heads, shares.shape[2])
         if weights_R is not None:
-            shares = shares.unflatten(1, (-1, rows)).mul_(weights_R.to(shares).unsqueeze(1)).flatten(1, 2)
-        shares = shares.reshape(groups, -1, shares.shape[2])
-        mass[:, part] = shares.amax(1) if reduction == "max" else shares.mean(1)
-    return mass
+            shares.mul_(weights_R[part].to(shares).unsqueeze(1))
+        if reduction == "max":
+            mass_NS[own] = torch.maximum(mass_NS[own], shares.amax(1))
+        else:
+            mass_NS[own] += shares.sum(1) / rows
+    if per_head:
+        return mass_NS
+    mass_MGS = mass_NS.unflatten(0, (-1, looked.groups))
+    return mass_MGS.amax(1) if reduction == "max" else mass_MGS.mean(1)
 
 
 def pooled(scores: Tensor, width: int, how: Pooling = "max") -> Tensor:

@@ -49,10 +49,12 @@ CASES = [{}, {"window": 6}, {"softcap": 1.5, "scaling": 0.7}, {"window": 9, "sof
 
 
 @pytest.mark.parametrize("more", CASES)
-@pytest.mark.parametrize("step", [3, 1000])
-def test_mass_in_chunks_is_mass_at_once(more, step, monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_SCORES", 0 if step == 3 else 1 << 22)
-    looked = made(4, 2, 5, 200, **more) if step == 3 else made(4, 2, 5, 23, **more)  # chunks are of 64 keys at least
+@pytest.mark.parametrize("fitting", [0, 3, 10, 1000])
+def test_mass_by_parts_is_mass_at_once(more, fitting, monkeypatch):
+    """A row, some rows, or the heads of one key head at a time, or all of them."""
+    monkeypatch.setattr(scoring, "SCORES", fitting * 23)
+    looked = made(4, 2, 5, 23, **more)
+    assert len(list(looked.shares())) == {0: 20, 3: 8, 10: 2, 1000: 1}[fitting]
     full = weights(looked)
     grouped = full.reshape(2, 2, 5, -1)
     assert (attention_mass(looked, "max") - grouped.amax((1, 2))).abs().max() < 1e-12
