@@ -125,14 +125,16 @@ class Prefill(Cache):
             ).last_hidden_state
 
     def _attend(self, row: int, positions_T: Tensor) -> Callable:
-        """The attention of this row's prefill: ours, after which the layer's keys are chosen."""
+        """The attention of this row's prefill: ours, and the layer's keys are chosen."""
+        last = self.engine.layers - 1
 
         def attend(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
             layer = self._layer
             window = self.windows[layer]
             positions = positions_T.to(query.device)
             self._drop(row, layer, query[0], key[0], value[0], positions, (window, scaling, softcap))
-            return prompt_attention(module, query, key, value, positions, window, scaling, softcap), None
+            first = len(self.readings[row].tokens) - 1 if layer == last else 0  # nothing else of its output is read
+            return prompt_attention(module, query, key, value, positions, window, scaling, softcap, first), None
 
         return attend
 
@@ -169,17 +171,21 @@ def prompt_attention(
     window: int | None,
     scaling: float | None,
     softcap: float | None,
+    since: int = 0,
 ) -> Tensor:
-    """Causal attention of a whole prompt [1, N, T, D]: [1, T, N, D]. Windows and capped scores go by blocks of rows."""
+    """Causal attention of a whole prompt [1, N, T, D]: [1, T, N, D], zero before ``since``.
+
+    Windows, capped scores and a part of the rows go by blocks of rows.
+    """
     length = query.shape[2]
     binds = window is not None and bool(positions_T[-1] - positions_T[0] >= window)
-    if not binds and softcap is None:
+    if not binds and softcap is None and since == 0:
         grouped = query.shape[1] != key.shape[1]
         out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2)
-    parts = []
+    parts = [value.new_zeros(1, since, query.shape[1], value.shape[3])]
     groups = query.shape[1] // key.shape[1]
-    for start in range(0, length, BLOCK):
+    for start in range(since, length, BLOCK):
         end = min(length, start + BLOCK)
         rows, first = positions_T[start:end].unsqueeze(1), 0
         if binds:
