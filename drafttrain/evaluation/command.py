@@ -345,6 +345,8 @@ class Evaluation:
         kind = kind_of(method)
         own, base = measured.samples[method], measured.samples[AUTOREGRESSIVE]
         overall, tasks = figures.by_task(own, base, self.config.bootstrap, self.seed)
+        whole = sum(weight.numel() for weight in self.models.target.model.parameters())
+        sizes = {name: count / whole for name, count in self.models.parameters.items()}
         costs = measured.costs.get(family_of(method), measured.costs["fixed"]) if kind != "autoregressive" else None
         if costs and not overall.draft_forwards.keys() <= costs.c.keys():
             costs = None  # a member that the few instrumented runs had no need of
@@ -356,6 +358,8 @@ class Evaluation:
             sampling=measured.name,
             overall=overall,
             tasks=tasks,
+            turns=figures.by_turn(own, base, self.config.bootstrap, self.seed),
+            swi=figures.swi(overall, sizes, costs.c if costs else {}),
             costs=costs,
             predicted_speedup=predict(overall, costs) if costs and overall.tokens else None,
             replayed_speedup=point.predicted_speedup if point else None,

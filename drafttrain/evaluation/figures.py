@@ -7,7 +7,7 @@ resampled is the conversation: its turns share a context.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,35 @@ def by_task(
         own, base = [[s for s in group if s.task == task] for group in (samples, baseline)]
         rows[task] = summarise(own, base, resamples, seed)
     return summarise(samples, baseline, resamples, seed), rows
+
+
+def by_turn(samples: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int) -> dict[str, Figures]:
+    """Figures of every turn of the tasks that have several."""
+    several = {sample.task for sample in samples if sample.turn > 0}
+    rows = {}
+    for task, turn in sorted({(sample.task, sample.turn) for sample in samples if sample.task in several}):
+        own, base = ([s for s in group if (s.task, s.turn) == (task, turn)] for group in (samples, baseline))
+        rows[f"{task}, turn {turn + 1}"] = summarise(own, base, resamples, seed)
+    return rows
+
+
+def swi(figures: Figures, parameters: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
+    """The standardized walltime improvement (Chen et al. 2023, section 5) over decoding without a drafter.
+
+    Args:
+        figures: of a method.
+        parameters: of its members over the target's.
+        measured: cost of a forward of its members, in autoregressive steps.
+
+    Returns:
+        by the way forwards are charged, "parameters" and "measured", those that are known of all members.
+    """
+    found = {}
+    for name, costs in (("parameters", parameters), ("measured", measured)):
+        if figures.tokens and figures.draft_forwards.keys() <= costs.keys():
+            drafting = sum(count * costs[member] for member, count in figures.draft_forwards.items())
+            found[name] = figures.tokens / (figures.target_forwards + drafting)
+    return found
 
 
 def summarise(samples: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int) -> Figures:

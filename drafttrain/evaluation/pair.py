@@ -116,6 +116,11 @@ class Models:
         return self._engines[dtype]
 
     @property
+    def parameters(self) -> dict[str, int]:
+        """Of every drafting model, by the name that expressions use."""
+        return {name: _parameters(each.model) for name, each in {"drafter": self.drafter, **self.others}.items()}
+
+    @property
     def reads_target(self) -> bool:
         """Whether the drafter is a LongSpec drafter, which nothing can be said of without its target."""
         return isinstance(self.drafter.model, LongSpecDrafter)
@@ -178,6 +183,7 @@ class Models:
             accepted_new_target,
             _parameters(self.target.model),
             _parameters(self.drafter.model),
+            self.parameters,
         )
 
 

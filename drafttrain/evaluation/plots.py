@@ -21,6 +21,7 @@ from drafttrain.evaluation.context_plot import contexts
 from drafttrain.evaluation.load import Load
 from drafttrain.evaluation.methods import head_of, kind_of, parameter_of
 from drafttrain.evaluation.schema import MethodResult, Report, SweepPoint
+from drafttrain.evaluation.sources_plot import gamma, sources, turns
 
 COLORS = {
     "autoregressive": "#767676",
@@ -458,6 +459,9 @@ PLOTS: dict[str, Callable[[Report], Figure | None]] = {
     "pareto": pareto,
     "reliability": reliability,
     "breakdown": breakdown,
+    "sources": sources,
+    "turns": turns,
+    "gamma": gamma,
     "contexts": contexts,
     "tau_history": tau_history,
 }

@@ -41,6 +41,9 @@ PLOT_TITLES = {
     "pareto": "Verification rate against discard rate, every setting replayed",
     "reliability": "Reliability of the acceptance head",
     "breakdown": "Where the time goes",
+    "sources": "Who wrote the tokens: members, copies and the target",
+    "turns": "Speed-up turn by turn",
+    "gamma": "Copying: how many tokens must match",
     "contexts": "Longer prompts: tokens per round, speed, and what the drafter keeps",
     "tau_history": "Tokens per round while training",
 }

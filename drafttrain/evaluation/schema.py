@@ -148,6 +148,11 @@ class MethodResult:
     sampling: str
     overall: Figures
     tasks: dict[str, Figures]
+    turns: dict[str, Figures] = field(default_factory=dict)
+    """of tasks with several turns each of them, by names such as `revise, turn 2`"""
+    swi: dict[str, float] = field(default_factory=dict)
+    """standardized walltime improvement: tokens per forward, a drafter's being charged its share of the target's
+    "parameters", and its "measured" cost; width and everything beside the forwards are free"""
     costs: Costs | None = None
     predicted_speedup: float | None = None
     """from this method's own counts and the measured costs"""
@@ -162,6 +167,12 @@ class MethodResult:
     """ratio of decoding rates to the fastest measured method of another kind, on answers that count for both"""
     samples: str = ""
     """JSONL of its answers, relative to the report"""
+
+
+def mixed(row: MethodResult) -> bool:
+    """Whether more than one member proposes, or one that is no model."""
+    proposing = set(row.overall.drafted_by)
+    return len(proposing) > 1 or not proposing <= set(row.overall.draft_forwards)
 
 
 @dataclass
@@ -223,6 +234,8 @@ class Pair:
     accepted_new_target: bool
     target_parameters: int
     drafter_parameters: int
+    member_parameters: dict[str, int] = field(default_factory=dict)
+    """of all drafting models by the name that expressions use"""
 
 
 @dataclass

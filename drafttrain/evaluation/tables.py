@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from drafttrain.evaluation.load import Load, told
-from drafttrain.evaluation.schema import ALL, Exactness, Figures, MethodResult, Report
+from drafttrain.evaluation.schema import ALL, Exactness, Figures, MethodResult, Report, mixed
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -57,20 +57,23 @@ def _method_row(row: MethodResult) -> list[str]:
 
 
 def task_cells(report: Report, sampling: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of speed-ups by task, with the task's own best fixed length by replay."""
+    """Columns and rows of speed-ups by task, with the task's own best fixed length by replay, and by turn."""
     rows = report.of(sampling)
-    tasks = list(report.baseline(sampling).tasks)
+    base = report.baseline(sampling)
+    tasks = list(base.tasks)
     own_best = {task: _own_best(report, sampling, task) for task in tasks}
     columns = ["task", "answers", *[f"`{row.method}`" for row in rows]]
     if any(own_best.values()):
         columns.append("its own best K, by replay")
     cells = []
     for task in tasks:
-        base = report.baseline(sampling).tasks[task]
-        line = [task, str(base.prompts), *[_interval(row.tasks.get(task)) for row in rows]]
+        line = [task, str(base.tasks[task].prompts), *[_interval(row.tasks.get(task)) for row in rows]]
         if any(own_best.values()):
             line.append(own_best[task] or "-")
         cells.append(line)
+    for turn, own in base.turns.items():
+        line = [turn, str(own.prompts), *[_interval(row.turns.get(turn)) for row in rows]]
+        cells.append(line + ["-"] * (len(columns) - len(line)))
     return columns, cells
 
 
@@ -89,9 +92,7 @@ def source_cells(report: Report, sampling: str) -> list[list[str]]:
     """Who wrote the tokens, by method and task: of methods in which more than one member proposes, or copies."""
     cells = []
     for row in report.of(sampling):
-        if set(row.overall.drafted_by) <= set(row.overall.draft_forwards) and len(row.overall.drafted_by) < 2:
-            continue
-        for task, own in row.tasks.items():
+        for task, own in (row.tasks | row.turns).items() if mixed(row) else ():
             if own.tokens:
                 cells.append([f"`{row.method}`", task, *_sources(own)])
     return cells
@@ -138,6 +139,8 @@ COST_COLUMNS = (
     "draft ms",
     "verify ms",
     "loop ms",
+    "SWI by parameters",
+    "SWI by c",
     "KV MiB",
     "memory MiB",
 )
@@ -151,8 +154,9 @@ def cost_cells(report: Report, sampling: str) -> list[list[str]]:
         widths = [number(costs.v[w - 1], ".2f") if costs and len(costs.v) >= w else "-" for w in _WIDTHS]
         c = ", ".join(f"{name} {value:.3f}" for name, value in costs.c.items()) if costs and costs.c else "-"
         times = [milliseconds(getattr(spent, part)) if spent else "-" for part in ("draft", "verify", "loop")]
+        swi = [number(row.swi.get(by), ".2f") for by in ("parameters", "measured")]
         sizes = [_mebibytes(row.kv_bytes), _mebibytes(row.peak_memory)]
-        cells.append([f"`{row.method}`", c, *widths, number(costs.o if costs else None, ".3f"), *times, *sizes])
+        cells.append([f"`{row.method}`", c, *widths, number(costs.o if costs else None, ".3f"), *times, *swi, *sizes])
     return cells
 
 
