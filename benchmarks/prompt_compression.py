@@ -7,8 +7,9 @@ Quality: the prompts of `kv_dropping.py`, greedy answers, exact or not; each is 
 the target read its own 25 % of the tokens. All protect the same first and last tokens. `points_over_chunked_25` and
 `points_over_window_25` are differences in points over the groups that the dense target answers to 80 %, as the rows of
 kv_dropping.py (`--dense`) say, else over all prompts. Cost, 8k prompt, in turn, in processor time: `ttft_ratio_25` is
-the time to the first token with compression over the dense one. `_low` and `_high` are 95 % intervals over documents,
-or the range of the repeats.
+the time to the first token with compression over the dense one, `break_even_tokens_25` the length from which on it is
+shorter, by measured costs of reading, drafting ahead and scores (-1: none). `_low` and `_high` are 95 % intervals over
+documents, or the range of the repeats.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ from drafttrain.context.compression import (  # noqa: E402
     PromptCompression,
     WindowAttention,
 )
-from drafttrain.context.cost import PrefillCost, break_even  # noqa: E402
 from drafttrain.context.decoder import ApproximateDecoder  # noqa: E402
 from drafttrain.context.study import Reader, choices, compressed_outcome, draft_pass  # noqa: E402
+from drafttrain.context.timing import compression_cost  # noqa: E402
 from drafttrain.decoding.engine import Engine  # noqa: E402
 from drafttrain.decoding.loop import Decoder  # noqa: E402
 from drafttrain.evaluation.pair import Models  # noqa: E402
@@ -116,7 +117,8 @@ def cost(models: Models, length: int, repeats: int) -> dict[str, float]:
     prompt = torch.randint(5, target.vocabulary, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     greedy = Sampling(0.0)
     dense = Decoder(target, None, greedy)
-    cut = ApproximateDecoder(target, compression=methods()[METHOD], ahead=DraftAhead(drafter, 1), sampling=greedy)
+    method, ahead = methods()[METHOD], DraftAhead(drafter, 1)
+    cut = ApproximateDecoder(target, compression=method, ahead=ahead, sampling=greedy)
     ratios, parts = [], []
     for _ in range(repeats):
         whole, part = (first_token(decoder, prompt) for decoder in (dense, cut))
@@ -124,9 +126,8 @@ def cost(models: Models, length: int, repeats: int) -> dict[str, float]:
         parts.append({**vars(cut.split), "dense": whole, "compressed": part})
     found = spread("ttft_ratio_25", middle(ratios))
     found |= {f"seconds_{name}": statistics.median(own[name] for own in parts) for name in parts[0]}
-    lengths = [length // 8, length // 4, length // 2]
-    costs = [PrefillCost.measured(engine, lengths, repeats=min(repeats, 2)) for engine in (target, drafter)]
-    shortest = break_even(*costs, SHARE, longest=16384)
+    costs = compression_cost(target, method, ahead, [length // 16, length // 8, length // 2], repeats)
+    shortest = costs.break_even(SHARE, int(method.protected(prompt).sum()))
     return found | {"break_even_tokens_25": -1 if shortest is None else shortest}
 
 

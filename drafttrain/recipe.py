@@ -379,12 +379,20 @@ class ContextConfig:
     """of the budget over the layers, where keys are dropped"""
     positions: Literal["compact", "original"] = "compact"
     """of a compressed prompt's tokens"""
+    documents: str = "\n"
+    """regular expression of what ends a document of a prompt: a line break, or e.g. (?=Document), where one begins"""
+    min_per_document: int = at_least(0, 0)
+    """tokens that a compressed prompt keeps of every document; 0 looks at no documents"""
+    bypass: bool = False
+    """measure first from which length compression pays, and read shorter prompts whole"""
     lookahead: int = between(1, 512, 16)
     """most tokens that the drafter writes before the target reads"""
     min_confidence: float = between(0.0, 1.0, 0.0)
     """the lookahead ends with a token that the drafter gives less probability"""
     settled: float = between(0.0, 1.0, 0.0)
     """the lookahead ends when a token changed less than this share of what the drafter attends to most; 0 is off"""
+    lookaheads: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"low": 1})
+    """lengths of the lookahead at which kv_dropping is compared, the longest with both adaptive ends, too"""
     decoding: str = "Autoregressive()"
     """expression of what decodes on, e.g. Model(drafter, length=5)"""
     max_new_tokens: int = at_least(1, 64)

@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -148,6 +151,23 @@ def _question(
         holds = wanted in tokenizer.decode(list(ids[middle:end])).rstrip()
         low, high = (middle, high) if holds else (low, middle - 1)
     return low, end
+
+
+def document_spans(ids: Sequence[int], tokenizer: object, between: str) -> tuple[tuple[int, int], ...]:
+    """Spans of the documents of a prompt.
+
+    Args:
+        ids: the prompt.
+        tokenizer: of the prompt.
+        between: regular expression of what ends one document, e.g. a blank line; a look-ahead finds where one begins.
+
+    Returns:
+        half-open ranges of indices into ``ids``, which together are all of it.
+    """
+    pieces = [tokenizer.decode([token]) for token in ids]
+    ends = list(accumulate(map(len, pieces)))
+    cuts = {bisect_left(ends, found.end()) + 1 for found in re.finditer(between, "".join(pieces)) if found.end()}
+    return tuple(pairwise(sorted({0, *cuts, len(ids)})))
 
 
 def keep_top(scores_MS: Tensor, count: int, protected_S: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.context.budgets import Budget, Protected
-from drafttrain.context.cost import PrefillCost, compression_pays
+from drafttrain.context.cost import CompressionCost
 from drafttrain.context.dropping import Protect, protected_of
 from drafttrain.context.scorers import rows_before, rows_from
 from drafttrain.context.scoring import Looked, Reduction, attention_mass, pooled
@@ -131,6 +131,10 @@ class WindowAttention:
         return scores.argsort(descending=True, stable=True)
 
 
+Spans = Sequence[tuple[int, int]]
+"""Half-open ranges of token indices."""
+
+
 @dataclass(frozen=True)
 class PromptCompression:
     """Have the target read only what the drafter attends to.
@@ -140,10 +144,11 @@ class PromptCompression:
         scorer: says which.
         positions: "compact" (0, 1, ... without gaps) or "original".
         protect: read in any case, along with the scorer's window.
-        documents: half-open ranges of token indices, of which each keeps at least ``min_per_document`` tokens.
+        documents: spans of which each keeps at least ``min_per_document`` tokens, or a function that finds them in a
+            prompt's token ids.
         min_per_document: see there.
-        costs: of the target's and the drafter's prefill; where by them compressing a prompt does not pay, it is read
-            as it is and the drafter is not asked. None always compresses.
+        costs: where by them compressing a prompt does not pay, it is read as it is and the drafter is not asked. None
+            always compresses.
 
     Raises:
         UserError: an impossible setting.
@@ -153,29 +158,36 @@ class PromptCompression:
     scorer: TokenScorer = field(default_factory=DraftAttention)
     positions: Literal["compact", "original"] = "compact"
     protect: Protect = field(default_factory=lambda: Protected(sinks=4, window=64))
-    documents: tuple[tuple[int, int], ...] = ()
+    documents: Spans | Callable[[Sequence[int]], Spans] = ()
     min_per_document: int = 0
-    costs: tuple[PrefillCost, PrefillCost] | None = None
+    costs: CompressionCost | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in ("compact", "original"):
             raise UserError(f"positions of a compressed prompt are compact or original, not {self.positions}")
         if self.budget.shape != "uniform":
             raise UserError("a prompt is compressed for all layers alike; give a uniform budget")
+        if self.min_per_document < 0:
+            raise UserError(f"a minimum of {self.min_per_document} tokens a document is impossible; give at least 0")
 
     def count(self, tokens: Sequence[int]) -> int:
         """Tokens of a prompt that will be read; all where it is short or compressing it does not pay.
 
         Raises:
-            UserError: the budget does not hold what is protected.
+            UserError: the budget does not hold what is protected, or not every document's minimum beside it.
         """
         length = len(tokens)
-        protected = int(self.protected(tokens).sum())
-        if protected == length:
+        protected = self.protected(tokens)
+        kept = int(protected.sum())
+        if kept == length or (self.costs is not None and not self.costs.pays(length, self.budget.tokens(length))):
             return length
-        count = self.budget.by_layer(length, 1, protected)[0]
-        if self.costs is not None and not compression_pays(*self.costs, length, count):
-            return length
+        count = self.budget.by_layer(length, 1, kept)[0]
+        least = kept + sum(missing for _, missing in self._documents(tokens, protected))
+        if least > count:
+            raise UserError(
+                f"a budget of {count} tokens for a prompt of {length} is less than the {least} that are protected or "
+                f"the {self.min_per_document} of each document; raise it or lower min_per_document"
+            )
         return count
 
     def protected(self, tokens: Sequence[int]) -> Tensor:
@@ -190,18 +202,20 @@ class PromptCompression:
             tokens: of the prompt.
             count: C.
         """
-        scores = self.scorer.score(layers, len(tokens)).cpu()
-        order = torch.cat([*self._documents(scores), self.scorer.order(scores)])
-        kept = self.protected(tokens)
-        return first_distinct(order, kept, count)
+        scores, protected = self.scorer.score(layers, len(tokens)).cpu(), self.protected(tokens)
+        free = scores.masked_fill(protected, -torch.inf)
+        best = [span.start + free[span].topk(missing).indices for span, missing in self._documents(tokens, protected)]
+        return first_distinct(torch.cat([*best, self.scorer.order(scores)]), protected, count)
 
-    def _documents(self, scores: Tensor) -> list[Tensor]:
-        """The best of each document."""
+    def _documents(self, tokens: Sequence[int], protected_S: Tensor) -> list[tuple[slice, int]]:
+        """Documents, and how many of their tokens must be read beside what is protected."""
         if self.min_per_document < 1:
             return []
+        spans = self.documents(tokens) if callable(self.documents) else self.documents
+        kept = [int(protected_S[start:end].sum()) for start, end in spans]
         return [
-            start + scores[start:end].topk(min(self.min_per_document, end - start)).indices
-            for start, end in self.documents
+            (slice(start, end), max(0, min(self.min_per_document, end - start) - own))
+            for (start, end), own in zip(spans, kept, strict=True)
         ]
 
 

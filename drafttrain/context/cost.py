@@ -1,36 +1,33 @@
-"""When cutting a prompt down pays: the cost of a prefill by its length, and break-even lengths."""
+"""When reading a part of a prompt pays: what reading takes by length, and break-even lengths."""
 
 # n tokens of a prompt
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-
-from drafttrain.decoding.engine import Engine
 
 
 @dataclass(frozen=True)
-class PrefillCost:
-    """Seconds of reading n tokens: fixed + linear * n + quadratic * n^2.
+class Seconds:
+    """What is done over n tokens takes fixed + linear * n + quadratic * n^2 seconds.
 
-    The linear part are the model's matrices, the quadratic one its attention.
+    The linear part are a model's matrices, the quadratic one its attention.
     """
 
     fixed: float
     linear: float
     quadratic: float
 
-    def seconds(self, length: float) -> float:
-        """Of a prompt of so many tokens."""
+    def of(self, length: float) -> float:
+        """At so many tokens."""
         return self.fixed + self.linear * length + self.quadratic * length**2
 
     @classmethod
-    def fitted(cls, lengths: Sequence[int], seconds: Sequence[float]) -> PrefillCost:
+    def fitted(cls, lengths: Sequence[int], seconds: Sequence[float]) -> Seconds:
         """Least squares of relative errors, no part below zero."""
         n, y = np.asarray(lengths, float), np.asarray(seconds, float)
         columns = np.stack([np.ones_like(n), n, n**2], 1) / y[:, None]
@@ -42,42 +39,42 @@ class PrefillCost:
                 return cls(*map(float, found))
             active.remove(int(found.argmin()))
 
-    @classmethod
-    def measured(cls, engine: Engine, lengths: Sequence[int] = (256, 1024, 4096), repeats: int = 3) -> PrefillCost:
-        """Time an engine's prefill of random tokens; the fastest of a few repeats at each length counts."""
-        most = engine.max_positions or max(lengths)
-        lengths = [length for length in lengths if length <= most]
-        found = []
-        for length in lengths:
-            tokens = torch.randint(0, engine.entries, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-            times = []
-            for _ in range(repeats):
-                cache = engine.new_cache(1, length)
-                started = time.perf_counter()
-                with torch.inference_mode():
-                    engine.read(cache, [tokens])
-                if engine.device.type == "cuda":
-                    torch.cuda.synchronize(engine.device)
-                times.append(time.perf_counter() - started)
-            found.append(min(times))
-        return cls.fitted(lengths, found)
 
+@dataclass(frozen=True)
+class CompressionCost:
+    """What prompt compression takes and saves; measured by `drafttrain.context.timing`.
 
-def compression_pays(target: PrefillCost, drafter: PrefillCost, length: int, count: int) -> bool:
-    """Whether drafter and target together read a compressed prompt sooner than the target reads all of it."""
-    return drafter.seconds(length) + target.seconds(count) < target.seconds(length)
+    Attributes:
+        target: the target's reading.
+        choosing: all that comes before it: the drafter's reading, drafting ahead, scores.
+    """
 
+    target: Seconds
+    choosing: Seconds
 
-def break_even(target: PrefillCost, drafter: PrefillCost, share: float, longest: int = 1 << 20) -> int | None:
-    """The shortest prompt whose compression to a share of its tokens pays, None where none up to ``longest`` does."""
+    def compressed(self, length: int, count: float) -> float:
+        """Seconds until so many tokens of a prompt of that length are chosen and read."""
+        return self.choosing.of(length) + self.target.of(count)
 
-    def pays(length: int) -> bool:
-        return compression_pays(target, drafter, length, int(share * length))
+    def pays(self, length: int, count: float) -> bool:
+        """Whether that is sooner than reading all of it."""
+        return self.compressed(length, count) < self.target.of(length)
 
-    if not pays(longest):
-        return None
-    low, high = 0, longest
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if pays(middle) else (middle, high)
-    return high
+    def break_even(self, share: float, protected: int = 0, longest: int = 1 << 20) -> int | None:
+        """The shortest prompt whose compression to a share of its tokens pays, and that of all longer ones does, too.
+
+        Args:
+            share: of the prompt that is read.
+            protected: tokens that are read in any case; no prompt is compressed to fewer.
+            longest: prompt that is looked at.
+
+        Returns:
+            tokens, or None where the longest one does not pay.
+        """
+        low, high = math.ceil(protected / share) - 1, longest
+        if not self.pays(longest, share * longest):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.pays(middle, share * middle) else (middle, high)
+        return high

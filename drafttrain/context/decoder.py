@@ -92,6 +92,7 @@ class ApproximateDecoder(Decoder):
     Attributes:
         split: where the time to the first token of the last batch went.
         kept: of each prompt of the last batch the indices of the tokens that the target read.
+        drafted: of each the tokens of the lookahead.
 
     Raises:
         UserError: neither method is given, or one that needs a draft pass has none.
@@ -124,6 +125,7 @@ class ApproximateDecoder(Decoder):
         self.dropping, self.compression, self.ahead = dropping, compression, ahead
         self.split = Split()
         self.kept: list[list[int]] = []
+        self.drafted: list[list[int]] = []
         self._opening: tuple[Draft, Tensor] | None = None
         self._taken_over = False
         self._cut_short: set[int] = set()
@@ -140,6 +142,7 @@ class ApproximateDecoder(Decoder):
         self._cache = None
         draft = self._look_ahead(committed, setting, plans, [row.limit - 1 for row in rows])
         self.kept = [plan.kept for plan in plans]
+        self.drafted = draft.rows()
         self._cache, logits = self._read_prompts(committed, setting, plans, draft)
         self._opening = (draft.to(self.target.device), logits)
         self._started(rows, started)
@@ -189,10 +192,9 @@ class ApproximateDecoder(Decoder):
 
     def _compress(self, plans: list[_Row], watch: QueryWatch, draft: Draft) -> None:
         """Choose what is read of each prompt."""
-        lengths = [len(tokens) for tokens in draft.rows()] if draft.width else [0] * len(plans)
-        for row, (plan, drafted) in enumerate(zip(plans, lengths, strict=True)):
+        for row, (plan, drafted) in enumerate(zip(plans, draft.rows(), strict=True)):
             if plan.count < len(plan.tokens):
-                read = max(0, drafted - 1)  # the last drafted token was never read
+                read = max(0, len(drafted) - 1)  # the last drafted token was never read
                 layers = [watch.looked(layer, row, read) for layer in range(watch.engine.layers)]
                 plan.kept = self.compression.choose(layers, plan.tokens, plan.count).tolist()
 
@@ -208,7 +210,7 @@ class ApproximateDecoder(Decoder):
         self, committed: Committed, setting: Setting, plans: list[_Row], draft: Draft
     ) -> tuple[object, Tensor]:
         """The target's only pass over the prompts. Returns its cache and the logits of the opening round."""
-        ahead = self._behind(draft, len(plans))
+        ahead = self._behind(draft)
         readings = [self._reading(*each) for each in zip(plans, ahead, committed.sample_ids, strict=True)]
         lengths = committed.lengths
         most = 1 + max(draft.width, self.drafter.max_length if self.drafter else 0)
@@ -224,9 +226,9 @@ class ApproximateDecoder(Decoder):
         padded = [pad(logits, (0, 0, 0, 1 + draft.width - len(logits))) for logits in opening]
         return prefill.cache, torch.stack(padded)
 
-    def _behind(self, draft: Draft, rows: int) -> list[list[int]]:
+    def _behind(self, draft: Draft) -> list[list[int]]:
         """What is read behind each prompt."""
-        return draft.rows() if draft.width else [[] for _ in range(rows)]
+        return draft.rows()
 
     def _reading(self, plan: _Row, ahead: list[int], sample_id: int) -> Reading:
         tokens = [plan.tokens[at] for at in plan.kept]
@@ -296,6 +298,6 @@ class OracleDecoder(ApproximateDecoder):
         super().__init__(target, KVDropping(budget, Oracle(), protect), None, None, *common)
         self.answers = answers
 
-    def _behind(self, draft: Draft, rows: int) -> list[list[int]]:
+    def _behind(self, draft: Draft) -> list[list[int]]:
         """The answers but their last tokens, which nothing was read for."""
         return [list(answer[:-1]) for answer in self.answers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -14,7 +14,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from drafttrain.context.cost import PrefillCost
 from drafttrain.context.markup import STYLE as MARKS
 from drafttrain.evaluation.context_schema import DENSE, ContextReport, ContextRow
 from drafttrain.evaluation.html import _STYLE
@@ -31,11 +30,17 @@ COLUMNS = (
         "draft decode",
         "scoring",
         "target prefill",
+        "overhead",
         "free tokens",
         "tokens/s",
         "KV, MiB",
         "peak, MiB",
     ),
+)
+
+SWEEP = (
+    *("lookahead", "tokens drafted", "free tokens", "overhead", "draft decode", "scoring"),
+    *("score", "exact", "recall", "attention kept", "KL", "first token, s"),
 )
 
 MEASURES: dict[str, tuple[str, Callable[[ContextRow], float | None]]] = {
@@ -45,6 +50,7 @@ MEASURES: dict[str, tuple[str, Callable[[ContextRow], float | None]]] = {
     "kl": ("KL divergence of next tokens from dense, nats", lambda row: row.kl),
     "speed": ("Tokens per second after the first", lambda row: row.tokens_per_second),
     "memory": ("KV memory, MiB", lambda row: row.kv_bytes / 2**20),
+    "peak": ("Peak device memory, MiB", lambda row: row.peak_bytes and row.peak_bytes / 2**20),
 }
 """Plots by budget: a title, and the measure."""
 
@@ -74,7 +80,7 @@ def cells(row: ContextRow) -> list[str]:
     first = [row.method, "-" if row.method == DENSE else percent(row.budget), f"{row.score:.1%}", f"{row.exact:.1%}"]
     kept = [f"{row.same:.0%}", f"{row.points:.1f}" if row.points else "-"]
     attention = [percent(row.recall), percent(row.mass), number(row.kl, ".3f")]
-    times = [f"{getattr(row, name):.3f}" for name in PARTS]
+    times = [*(f"{getattr(row, name):.3f}" for name in PARTS), percent(row.overhead)]
     memory = [f"{row.kv_bytes / 2**20:.2f}", number(row.peak_bytes and row.peak_bytes / 2**20, ".0f")]
     return [
         *first,
@@ -86,6 +92,26 @@ def cells(row: ContextRow) -> list[str]:
         number(row.tokens_per_second, ".1f"),
         *memory,
     ]
+
+
+def sweep_cells(row: ContextRow) -> list[str]:
+    """A row of the table of lookaheads."""
+    seconds = [f"{each:.3f}" for each in (row.draft_decode, row.scoring)]
+    kept = [f"{row.score:.1%}", f"{row.exact:.1%}", percent(row.recall), percent(row.mass), number(row.kl, ".3f")]
+    drafted = [row.method, f"{row.drafted:.1f}", f"{row.free_tokens:.1f}", percent(row.overhead)]
+    return [*drafted, *seconds, *kept, f"{row.first_token:.3f}"]
+
+
+def sections(report: ContextReport) -> Iterator[tuple[int, str, Sequence[str], list[list[str]]]]:
+    """Every table: depth and text of its heading, columns, cells."""
+    for length in lengths(report):
+        rows = [row for row in report.rows if row.length == length]
+        names = list(rows[0].tasks)
+        yield 2, f"{rows[0].prompts} prompts of about {length} tokens", COLUMNS, [cells(row) for row in rows]
+        yield 3, "Score by task", ("method", "budget", *names), [_by_task(row, names) for row in rows]
+        swept = [row for row in report.lookaheads if row.length == length]
+        if swept:
+            yield 3, f"Lookahead of KV dropping at {swept[0].budget:.0%}", SWEEP, [sweep_cells(row) for row in swept]
 
 
 def notes(report: ContextReport) -> list[str]:
@@ -102,8 +128,10 @@ def notes(report: ContextReport) -> list[str]:
         "answer; points are differences of scores, paired over prompts. Chat markup, system prompt and question are "
         "kept by every method. The oracle chooses by the dense answer, which it has read: a bound, with no times to "
         "compare.",
-        "By the measured costs of both prefills, of drafting ahead and of scores, reading a compressed prompt pays at "
-        f"{paying}.",
+        "Overhead is the draft pass and the scores over the dense prefill. A lookahead ends at an end token, with low "
+        "confidence where that is said, or once a token hardly changes what the drafter attends to most (settled).",
+        "By the measured costs of both models' reading, of drafting ahead and of scores, reading a compressed prompt "
+        f"pays at {paying}." + (" Shorter prompts were read whole (context.bypass)." if report.bypass else ""),
         f"{machine.device}, {machine.cpu}, {machine.cores} cores; load {machine.load_start:.1f} at the start, "
         f"{machine.load_end:.1f} at the end; {machine.created}.",
     ]
@@ -112,17 +140,8 @@ def notes(report: ContextReport) -> list[str]:
 def markdown(report: ContextReport) -> str:
     """For a terminal or a forge."""
     lines = ["# Approximate decoding of long prompts", "", f"**{report.warning}**"]
-    for length in lengths(report):
-        rows = [row for row in report.rows if row.length == length]
-        lines += ["", f"## {rows[0].prompts} prompts of about {length} tokens", ""]
-        lines += table(COLUMNS, map(cells, rows))
-        names = list(rows[0].tasks)
-        lines += [
-            "",
-            "Score by task:",
-            "",
-            *table(("method", "budget", *names), (_by_task(row, names) for row in rows)),
-        ]
+    for depth, heading, columns, rows in sections(report):
+        lines += ["", f"{'#' * depth} {heading}", "", *table(columns, rows)]
     lines += ["", *(f"- {note}" for note in notes(report)), ""]
     lines += [f"![{title_of(name)}]({path})" for name, path in report.plots.items()]
     return "\n".join([*lines, ""])
@@ -138,14 +157,8 @@ def page(report: ContextReport, folder: Path) -> str:
         "<h1>Approximate decoding of long prompts</h1>",
         f"<div class='verdict no-gain'><p>{escape(report.warning)}</p></div>",
     ]
-    for length in lengths(report):
-        rows = [row for row in report.rows if row.length == length]
-        parts.append(f"<h2>{rows[0].prompts} prompts of about {length} tokens</h2>")
-        parts.append(_table(COLUMNS, [cells(row) for row in rows]))
-        names = list(rows[0].tasks)
-        parts.append(
-            f"<h3>Score by task</h3>{_table(('method', 'budget', *names), [_by_task(r, names) for r in rows])}"
-        )
+    for depth, heading, columns, rows in sections(report):
+        parts.append(f"<h{depth}>{escape(heading)}</h{depth}>{_table(columns, rows)}")
     for name, path in report.plots.items():
         data = base64.b64encode((folder / path).read_bytes()).decode()
         title = escape(title_of(name))
@@ -179,7 +192,11 @@ def title_of(name: str) -> str:
     """Of a plot."""
     if name in MEASURES:
         return MEASURES[name][0]
-    return {"first_token": "Time to the first token", "break_even": "Reading a prompt: dense and compressed"}[name]
+    return {
+        "first_token": "Time to the first token",
+        "break_even": "Reading a prompt: dense and compressed",
+        "lookahead": "KV dropping by its lookahead",
+    }[name]
 
 
 def draw(report: ContextReport, folder: Path) -> dict[str, str]:
@@ -190,8 +207,9 @@ def draw(report: ContextReport, folder: Path) -> dict[str, str]:
     }
     makers["first_token"] = lambda axes: _first_token(report, axes)
     makers["break_even"] = lambda axes: _break_even(report, axes[0])
+    makers["lookahead"] = lambda axes: _lookahead(report, axes)
     for name, make in makers.items():
-        panels = 1 if name == "break_even" else len(lengths(report))
+        panels = {"break_even": 1, "lookahead": 3}.get(name, len(lengths(report)))
         with pyplot.rc_context(STYLE):
             figure, axes = pyplot.subplots(1, panels, figsize=(1.5 + 4.8 * panels, 3.6), squeeze=False)
             if make(axes[0]):
@@ -244,14 +262,43 @@ def _first_token(report: ContextReport, axes: Sequence[Axes]) -> bool:
 
 def _break_even(report: ContextReport, axis: Axes) -> bool:
     """Seconds by length from the fitted costs."""
-    target, drafter = (PrefillCost(*report.costs[name]) for name in ("target", "drafter"))
-    most = 2 * max(lengths(report))
-    sizes = [most * at / 60 for at in range(1, 61)]
-    axis.plot(sizes, [target.seconds(n) for n in sizes], "--", color="#767676", label=DENSE)
-    for color, budget in zip(COLORS, report.break_even, strict=False):
-        seconds = [drafter.seconds(n) + target.seconds(float(budget) * n) for n in sizes]
+    costs, most = report.costs, 2 * max(lengths(report))
+    sizes = [most * at // 60 for at in range(1, 61)]
+    axis.plot(sizes, [costs.target.of(n) for n in sizes], "--", color="#767676", label=DENSE)
+    for color, (budget, shortest) in zip(COLORS, report.break_even.items(), strict=False):
+        seconds = [costs.compressed(n, float(budget) * n) for n in sizes]
         axis.plot(sizes, seconds, color=color, label=f"compressed to {float(budget):.0%}")
+        if shortest is not None and shortest <= most:
+            axis.plot(shortest, costs.target.of(shortest), "o", color=color)
     axis.set_xlabel("tokens of the prompt")
     axis.set_ylabel("seconds")
     axis.legend(fontsize=8)
+    return True
+
+
+def _lookahead(report: ContextReport, axes: Sequence[Axes]) -> bool:
+    """Quality, overhead and free tokens by tokens drafted: lengths on a line, adaptive ends beside it."""
+    if not report.lookaheads:
+        return False
+    panels: tuple[tuple[str, dict[str, Callable[[ContextRow], float]]], ...] = (
+        ("score (solid), share of the oracle's choice", {"-": lambda row: row.score, ":": lambda row: row.recall}),
+        ("draft pass and scores over the dense prefill", {"-": lambda row: row.overhead}),
+        ("free tokens", {"-": lambda row: row.free_tokens}),
+    )
+    for color, length in zip(COLORS, lengths(report), strict=False):
+        own = [row for row in report.lookaheads if row.length == length]
+        fixed = [row for row in own if row.method.isdigit()]
+        adaptive = [row for row in own if row not in fixed]
+        for axis, (label, measures) in zip(axes, panels, strict=True):
+            axis.set_ylabel(label, fontsize=8)
+            axis.set_xlabel("tokens drafted, mean")
+            for line, measure in measures.items():
+                points = [(row.drafted, measure(row)) for row in fixed]
+                name = f"{length} tokens" if line == "-" else None
+                axis.plot(*zip(*points, strict=True), f"o{line}", color=color, label=name)
+                for row, marker in zip(adaptive, "sD", strict=True):
+                    shown = row.method if line == "-" and length == lengths(report)[0] else None
+                    look = {"color": color, "fillstyle": "none", "linestyle": "none", "marker": marker}
+                    axis.plot(row.drafted, measure(row), label=shown, **look)
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from drafttrain.context.cost import CompressionCost
 from drafttrain.evaluation.schema import Environment, Pair
 from drafttrain.evaluation.statistics import Interval
 
@@ -41,8 +42,12 @@ class ContextRow:
     target_prefill: float
     tokens_per_second: float | None
     """behind what was emitted with the prefill, whatever drafter decodes; None where nothing was left"""
+    overhead: float
+    """draft pass and scores over the dense target's prefill"""
+    drafted: float
+    """tokens of the lookahead"""
     free_tokens: float
-    """of the lookahead that the target accepted in its prefill"""
+    """those of them that the target accepted in its prefill"""
     kv_bytes: float
     """allocated for keys and values of the target"""
     peak_bytes: float | None
@@ -76,9 +81,12 @@ class ContextReport:
     lookahead: int
     rows: list[ContextRow]
     break_even: dict[str, int | None]
-    """by budget the shortest prompt whose compression pays by the measured costs of both prefills; None for none"""
-    costs: dict[str, list[float]]
-    """of target and drafter: seconds of a prefill of n tokens are a + b n + c n^2; drafting ahead and scores are in the
-    drafter's a"""
+    """by budget the shortest prompt whose compression pays by the costs; None for none"""
+    costs: CompressionCost
+    """of reading a compressed prompt, measured"""
+    bypass: bool
+    """whether prompts whose compression does not pay were read whole"""
+    lookaheads: list[ContextRow] = field(default_factory=list)
+    """KV dropping at the smallest budget by its lookahead, which stands in ``method``"""
     examples: list[ContextExample] = field(default_factory=list)
     plots: dict[str, str] = field(default_factory=dict)

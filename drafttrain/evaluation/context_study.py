@@ -9,36 +9,34 @@ with prompts that show what was kept, and plots into the run folder.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from drafttrain.config import ContextConfig, Parsed
 from drafttrain.context.ahead import DraftAhead
-from drafttrain.context.budgets import Budget, Protected, chat_spans
-from drafttrain.context.compression import ChunkAttention, DraftAttention, PromptCompression, WindowAttention
-from drafttrain.context.cost import PrefillCost, break_even
+from drafttrain.context.budgets import Budget
+from drafttrain.context.compression import PromptCompression
+from drafttrain.context.cost import CompressionCost
 from drafttrain.context.decoder import ApproximateDecoder, OracleDecoder, Split
-from drafttrain.context.dropping import KVDropping, Protect
 from drafttrain.context.markup import marked_html
-from drafttrain.context.scorers import LastWindow, LookaheadAttention, Oracle, Random, Recency
 from drafttrain.context.study import Candidate, DensePass, Outcome, Reader
+from drafttrain.context.timing import compression_cost
 from drafttrain.decoding.counts import Completion
 from drafttrain.decoding.expression import build
 from drafttrain.decoding.loop import Decoder
 from drafttrain.dialogue import answer_text
 from drafttrain.distributed import progress, say
-from drafttrain.errors import UserError
+from drafttrain.evaluation.context_methods import ORACLE, SWEPT, Methods, lookaheads, prompts_of
 from drafttrain.evaluation.context_report import write
 from drafttrain.evaluation.context_schema import DENSE, ContextExample, ContextReport, ContextRow
 from drafttrain.evaluation.environment import describe, load, peak_bytes
-from drafttrain.evaluation.long_prompts import LongPrompt, check_file, read_prompts, world_prompts
+from drafttrain.evaluation.long_prompts import LongPrompt
 from drafttrain.evaluation.pair import Models, load_models
 from drafttrain.evaluation.statistics import Interval, bootstrap
 from drafttrain.ops.random import sample_id
@@ -53,45 +51,16 @@ WARNING = (
 EXAMPLES = 3
 """Prompts of each method that the page shows."""
 
-ORACLE = "oracle"
 
-_SINKS = Protected(4, 0)
+class Asked(NamedTuple):
+    """How a prompt is asked; ``stop`` is a lookahead of the sweep, "" the recipe's own."""
 
-
-def _dropping(scorer: Any, protect: Protected = _SINKS) -> Callable[[Budget, ContextConfig], dict[str, Any]]:
-    return lambda budget, config: {"dropping": KVDropping(budget, scorer, protect)}
-
-
-def _compression(scorer: Any) -> Callable[[Budget, ContextConfig], dict[str, Any]]:
-    return lambda budget, config: {
-        "compression": PromptCompression(
-            Budget(budget.amount), scorer, config.positions, Protected(4, max(32, scorer.window))
-        )
-    }
+    method: str
+    budget: float
+    stop: str = ""
 
 
-def _both(budget: Budget, config: ContextConfig) -> dict[str, Any]:
-    """Half of the reduction by each: the square root of the share is read, the square root of that is kept."""
-    part = Budget(budget.amount**0.5)
-    scorer = DraftAttention()
-    return {
-        "compression": PromptCompression(part, scorer, config.positions, Protected(4, scorer.window)),
-        "dropping": KVDropping(dataclasses.replace(budget, amount=part.amount), protect=_SINKS),
-    }
-
-
-METHODS: dict[str, Callable[[Budget, ContextConfig], dict[str, Any]]] = {
-    "kv_dropping": _dropping(LookaheadAttention()),
-    "snapkv": _dropping(LastWindow()),
-    "streaming": _dropping(Recency()),
-    "random": _dropping(Random(), Protected(4, 32)),
-    ORACLE: _dropping(Oracle()),
-    "prompt_compression": _compression(DraftAttention()),
-    "chunks": _compression(ChunkAttention()),
-    "window": _compression(WindowAttention()),
-    "both": _both,
-}
-"""What each does with a budget."""
+WHOLE = Asked(DENSE, 1.0)
 
 
 def context_study(parsed: Parsed) -> None:
@@ -101,18 +70,17 @@ def context_study(parsed: Parsed) -> None:
         UserError: a part is missing or damaged, an unknown method or kind, or a budget that cannot be kept.
     """
     run, config = RunFolder(parsed.run).create(), parsed.recipe.context
-    check(config)
+    Methods(config, None)  # refuses before anything is loaded
     run.record(parsed, "drafttrain evaluate")
     began = load()
     models = load_models(parsed)
     study = Study(models, config, parsed.recipe.seed)
-    groups = list(prompts_of(config, models))
+    groups = list(prompts_of(config, models.tokenizer, models.context))
     for _, prompts in groups:
-        study.check(prompts)
-    rows = [row for group in groups for row in study.rows(*group)]
-    lengths = [256, 1024, max(2048, max(config.lengths, default=0))]
-    target, drafter = (PrefillCost.measured(engine, lengths, repeats=2) for engine in models.engines())
-    drafter = dataclasses.replace(drafter, fixed=drafter.fixed + looking(rows))
+        study.methods.check(prompts, study.target.layers)
+    costs = study.measure(max(length for length, _ in groups))
+    protected = min(study.methods.protected(prompt) for _, prompts in groups for prompt in prompts)
+    found = [study.rows(*group) for group in groups]
     report = ContextReport(
         warning=WARNING,
         environment=describe(models.device, began),
@@ -120,89 +88,18 @@ def context_study(parsed: Parsed) -> None:
         dtype=models.dtype,
         decoding=config.decoding,
         lookahead=config.lookahead,
-        rows=rows,
-        break_even={f"{budget:g}": break_even(target, drafter, budget) for budget in config.budgets},
-        costs={"target": list(vars(target).values()), "drafter": list(vars(drafter).values())},
+        rows=[row for rows, _ in found for row in rows],
+        lookaheads=[row for _, rows in found for row in rows],
+        break_even={f"{budget:g}": costs.break_even(budget, protected) for budget in config.budgets},
+        costs=costs,
+        bypass=config.bypass,
         examples=study.examples,
     )
     page = write(report, run)
-    for row in rows:
+    for row in report.rows:
         told = f"score {row.score:6.1%}  first token {row.first_token:.2f} s"
         say(f"{row.length:6d}  {row.method:20s} {row.budget:5.2f}  {told}")
     say(f"{WARNING}\nReport: {page}")
-
-
-def looking(rows: Sequence[ContextRow]) -> float:
-    """Mean seconds that methods of prompt compression alone spent on drafting ahead and on scores; 0 without any."""
-    own = [row.draft_decode + row.scoring for row in rows if row.method in ("prompt_compression", "chunks", "window")]
-    return fmean(own) if own else 0.0
-
-
-def check(config: ContextConfig) -> None:
-    """Refuse what could not be run.
-
-    Raises:
-        UserError: an unknown method, no such file, no budget, or one that is no share.
-    """
-    unknown = [name for name in config.methods if name not in METHODS]
-    if unknown:
-        raise UserError(f"context.methods has {unknown[0]}; the methods are {', '.join(METHODS)}")
-    if config.path is not None:
-        check_file(config.path)
-    if not config.budgets:
-        raise UserError("context.budgets is empty; give shares of the prompt, like [0.25]")
-    for budget in config.budgets:
-        Budget(float(budget))
-
-
-def work(config: ContextConfig) -> list[str]:
-    """What --plan says would run.
-
-    Raises:
-        UserError: as `check`.
-    """
-    check(config)
-    ways = 1 + len(config.methods) * len(config.budgets)
-    sizes = [f"{len(config.kinds) * config.prompts} prompts of about {length} tokens" for length in config.lengths]
-    if config.path is not None:
-        sizes.append(f"at most {config.prompts} prompts of {config.path}")
-    budgets = ", ".join(f"{budget:.0%}" for budget in config.budgets)
-    return [
-        f"approximate decoding: {', '.join(config.methods)} at {budgets}, and dense",
-        f"runs: {ways} ways x {' and '.join(sizes)}, answers of at most {config.max_new_tokens} tokens",
-    ]
-
-
-def prompts_of(config: ContextConfig, models: Models) -> Iterator[tuple[int, list[LongPrompt]]]:
-    """Prompts by their length; those of a file together, under the mean of theirs.
-
-    Raises:
-        UserError: an unknown kind, a damaged file, or prompts that leave no room in the context.
-    """
-    if config.path is not None:
-        prompts = read_prompts(
-            config.path, models.tokenizer, config.answer_prefix, config.max_new_tokens, config.prompts
-        )
-        _fit(prompts, models)
-        yield round(fmean(len(prompt.ids) for prompt in prompts)), prompts
-    for length in dict.fromkeys(config.lengths):
-        mixture = dict.fromkeys(config.kinds, config.prompts)
-        prompts = list(
-            world_prompts(models.tokenizer, mixture, length, config.answer_prefix, limit=config.max_new_tokens)
-        )
-        _fit(prompts, models)
-        yield length, prompts
-
-
-def _fit(prompts: Sequence[LongPrompt], models: Models) -> None:
-    if not prompts:
-        raise UserError("there is no prompt to answer; give context.kinds or a context.path with lines in it")
-    for prompt in prompts:
-        if len(prompt.ids) + prompt.limit > models.context:
-            raise UserError(
-                f"prompt {prompt.prompt_id} has {len(prompt.ids)} tokens, which with {prompt.limit} new ones exceeds "
-                f"the pair's context of {models.context}; give shorter prompts (context.lengths, context.path)"
-            )
 
 
 @dataclass
@@ -218,6 +115,7 @@ class _Run:
     peak: int | None
     outcome: Outcome | None = None
     kept: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
 
     @property
     def opening(self) -> int:
@@ -243,80 +141,62 @@ class Study:
         seed: of the draws of random choice.
 
     Attributes:
+        methods: prompt by prompt.
         examples: prompts that show what was kept.
     """
 
     def __init__(self, models: Models, config: ContextConfig, seed: int) -> None:
         self.models, self.config, self.seed = models, config, seed
         self.target, self.drafter = models.engines()
+        self.methods = Methods(config, models.tokenizer)
         self.reader = Reader(self.target)
         self.examples: list[ContextExample] = []
-        self._ahead = DraftAhead(self.drafter, config.lookahead, config.min_confidence, config.settled)
+        own = {"length": config.lookahead, "min_confidence": config.min_confidence, "settled": config.settled}
+        self._aheads = {
+            name: DraftAhead(self.drafter, **settings) for name, settings in {"": own, **lookaheads(config)}.items()
+        }
 
-    def check(self, prompts: Sequence[LongPrompt]) -> None:
-        """Refuse budgets that do not hold what is protected of each prompt, before anything is run.
+    def measure(self, longest: int) -> CompressionCost:
+        """What compression takes and saves by length; prompts that it does not pay for are read whole from now on, if
+        the recipe wants that."""
+        compression = PromptCompression(Budget(0.5), positions=self.config.positions)
+        costs = compression_cost(self.target, compression, self._aheads[""], [512, 1024, max(2048, longest)])
+        if self.config.bypass:
+            self.methods = Methods(self.config, self.models.tokenizer, costs)
+        return costs
 
-        Raises:
-            UserError: likewise.
-        """
-        for prompt, name, budget in itertools.product(prompts, self.config.methods, self.config.budgets):
-            way = self._way(name, float(budget), prompt)
-            try:
-                count = way["compression"].count(prompt.ids) if "compression" in way else len(prompt.ids)
-                if "dropping" in way:
-                    protected = int(way["dropping"].protected(prompt.ids).sum())  # compression leaves them in
-                    if protected < count:
-                        way["dropping"].budget.by_layer(count, self.target.layers, protected)
-            except UserError as error:
-                raise UserError(
-                    f"{name} at {budget:g} of prompt {prompt.prompt_id}: {error} (context.budgets, context.lengths)"
-                ) from None
-
-    def rows(self, length: int, prompts: Sequence[LongPrompt]) -> list[ContextRow]:
-        """All methods and budgets on prompts of one length, the dense target first."""
-        ways = [(DENSE, 1.0), *((name, float(b)) for name in self.config.methods for b in self.config.budgets)]
-        found: dict[tuple[str, float], list[_Run]] = {way: [] for way in ways}
+    def rows(self, length: int, prompts: Sequence[LongPrompt]) -> tuple[list[ContextRow], list[ContextRow]]:
+        """All methods and budgets on prompts of one length, the dense one first; and KV dropping by its lookahead."""
+        budgets = [float(budget) for budget in self.config.budgets]
+        ways = [WHOLE, *(Asked(name, budget) for name in self.config.methods for budget in budgets)]
+        ways += [Asked(SWEPT, min(budgets), stop) for stop in self._aheads if stop]
+        found: dict[Asked, list[_Run]] = {way: [] for way in ways}
         for number, prompt in enumerate(progress(prompts, len(prompts), f"prompts of {length}")):
             turn = number % len(ways)
-            turns = sorted(ways[turn:] + ways[:turn], key=lambda way: way[0] == ORACLE)  # it must know the answer
-            runs: dict[tuple[str, float], _Run] = {}
+            turns = sorted(ways[turn:] + ways[:turn], key=lambda way: way.method == ORACLE)  # it must know the answer
+            runs: dict[Asked, _Run] = {}
             for way in turns:
-                runs[way] = self._run(self._decoder(*way, prompt, runs.get((DENSE, 1.0))), prompt)
+                runs[way] = self._run(self._decoder(way, prompt, runs.get(WHOLE)), prompt)
             self._compare(prompt, runs)
             for way, run in runs.items():
                 found[way].append(run)
             if number < EXAMPLES:
                 self._show(prompt, runs)
-        return [self._row(way, length, prompts, own, found[DENSE, 1.0]) for way, own in found.items()]
+        rows = {way: self._row(way, length, prompts, own, found[WHOLE]) for way, own in found.items()}
+        return [row for way, row in rows.items() if not way.stop], [row for way, row in rows.items() if way.stop]
 
-    def _way(self, name: str, budget: float, prompt: LongPrompt) -> dict[str, Any]:
-        """What a method does with a prompt, whose markup, system prompt and question are protected."""
-        tokenizer, whole = self.models.tokenizer, chat_spans(prompt.ids, self.models.tokenizer, prompt.question)
-
-        def protecting(protect: Protected) -> Protect:
-            def of(ids: Sequence[int]) -> Protected:
-                left = len(ids) < len(prompt.ids)
-                return dataclasses.replace(
-                    protect, spans=chat_spans(ids, tokenizer, prompt.question) if left else whole
-                )
-
-            return of
-
-        way = METHODS[name](Budget(budget, self.config.shape), self.config)
-        return {kind: dataclasses.replace(each, protect=protecting(each.protect)) for kind, each in way.items()}
-
-    def _decoder(self, name: str, budget: float, prompt: LongPrompt, dense: _Run | None) -> Decoder:
+    def _decoder(self, way: Asked, prompt: LongPrompt, dense: _Run | None) -> Decoder:
         drafter = build(self.config.decoding, self.models.members(), self.models.allow_code)
         common = (drafter, Sampling(0.0), self.models.ends, self.seed, self.models.stop_strings)
-        if name == DENSE:
+        if way == WHOLE:
             return Decoder(self.target, *common)
-        way = self._way(name, budget, prompt)
-        dropping, compression = way.get("dropping"), way.get("compression")
-        if name == ORACLE:
+        dropping, compression = self.methods.of(way.method, way.budget, prompt)
+        if way.method == ORACLE:
             answers = [dense.completion.token_ids]
             return OracleDecoder(self.target, dropping.budget, answers, dropping.protect, *common)
         looks = compression is not None or dropping.scorer.ahead
-        return ApproximateDecoder(self.target, dropping, compression, self._ahead if looks else None, *common)
+        ahead = self._aheads[way.stop] if looks else None
+        return ApproximateDecoder(self.target, dropping, compression, ahead, *common)
 
     def _run(self, decoder: Decoder, prompt: LongPrompt) -> _Run:
         done: list[Completion] = []
@@ -331,49 +211,40 @@ class Study:
         text = answer_text(self.models.tokenizer, completion.token_ids)
         approximate = isinstance(decoder, ApproximateDecoder)
         split = decoder.split if approximate else Split(target_prefill=completion.counts.prefill_seconds)
-        kept = decoder.kept[0] if approximate else []
         memory = decoder._cache.memory_bytes()
-        return _Run(completion, text, prompt.score(text), prompt.exact(text), split, memory, peak, kept=kept)
+        run = _Run(completion, text, prompt.score(text), prompt.exact(text), split, memory, peak)
+        return replace(run, kept=decoder.kept[0], drafted=decoder.drafted[0]) if approximate else run
 
     @torch.inference_mode()
-    def _compare(self, prompt: LongPrompt, runs: dict[tuple[str, float], _Run]) -> None:
+    def _compare(self, prompt: LongPrompt, runs: dict[Asked, _Run]) -> None:
         """Of the ways that drop keys: what they kept of what mattered to the dense answer."""
         candidates, own = [], []
-        for (name, budget), run in runs.items():
-            way = {} if name == DENSE else self._way(name, budget, prompt)
-            dropping = way.get("dropping")
-            if dropping is not None and "compression" not in way:
-                ahead = self.config.lookahead if dropping.scorer.ahead else 0
-                candidates.append(Candidate(name, dropping.scorer, dropping.budget, dropping.protect, ahead))
+        for way, run in runs.items():
+            dropping, compression = (None, None) if way == WHOLE else self.methods.of(way.method, way.budget, prompt)
+            if dropping is not None and compression is None:
+                ahead = len(run.drafted)
+                candidates.append(Candidate(way.method, dropping.scorer, dropping.budget, dropping.protect, ahead))
                 own.append(run)
         if not candidates:
             return
-        answer = runs[DENSE, 1.0].completion.token_ids
-        drafted = self._lookahead(prompt.ids)
+        answer = runs[WHOLE].completion.token_ids
+        drafted = max((run.drafted for run in own), key=len)  # of one drafter, greedily: the others begin it
         dense = DensePass(self.reader, prompt.ids, drafted, answer, sample_id(prompt.prompt_id, 0))
         for run, outcome in zip(own, dense.compare(candidates), strict=True):
             run.outcome = outcome
 
-    def _lookahead(self, ids: Sequence[int]) -> list[int]:
-        """What the drafter writes behind a prompt."""
-        [completion] = Decoder(self.drafter, None, Sampling(0.0), self.models.ends).generate(
-            [list(ids)], self.config.lookahead
-        )
-        return completion.token_ids
-
-    def _show(self, prompt: LongPrompt, runs: dict[tuple[str, float], _Run]) -> None:
+    def _show(self, prompt: LongPrompt, runs: dict[Asked, _Run]) -> None:
         """The prompt, marked by each method that reads a part of it, at the smallest budget."""
         smallest = float(min(self.config.budgets))
-        for (name, budget), run in runs.items():
-            if budget == smallest and 0 < len(run.kept) < len(prompt.ids):
+        for way, run in runs.items():
+            if way.budget == smallest and 0 < len(run.kept) < len(prompt.ids):
                 page = marked_html(prompt.ids, run.kept, self.models.tokenizer)
-                dense = runs[DENSE, 1.0].text
-                reference = prompt.references[0]
-                self.examples.append(ContextExample(name, prompt.task, budget, reference, run.text, dense, page))
+                texts = (prompt.references[0], run.text, runs[WHOLE].text)
+                self.examples.append(ContextExample(way.method, prompt.task, way.budget, *texts, page))
 
     def _row(
         self,
-        way: tuple[str, float],
+        way: Asked,
         length: int,
         prompts: Sequence[LongPrompt],
         own: Sequence[_Run],
@@ -386,21 +257,24 @@ class Study:
         peaks = [run.peak for run in own if run.peak is not None]
         tokens = sum(len(run.completion.token_ids) - min(run.opening, len(run.completion.token_ids)) for run in own)
         seconds = sum(run.completion.counts.decode_seconds for run in own)
+        ahead = sum(run.split.total - run.split.target_prefill for run in own)
         return ContextRow(
-            method=way[0],
-            budget=way[1],
+            method=way.stop or way.method,
+            budget=way.budget,
             length=length,
             prompts=len(own),
             score=fmean(run.score for run in own),
             exact=fmean(run.exact for run in own),
             same=fmean(a.completion.token_ids == b.completion.token_ids for a, b in zip(own, dense, strict=True)),
-            points=None if way[0] == DENSE else _points(prompts, own, dense),
+            points=None if way == WHOLE else _points(prompts, own, dense),
             recall=fmean(each.recall for each in outcomes) if outcomes else None,
             mass=fmean(each.mass for each in outcomes) if outcomes else None,
             kl=fmean(each.kl for each in outcomes) if outcomes else None,
             first_token=fmean(run.first_token for run in own),
             **{name: fmean(getattr(run.split, name) for run in own) for name in vars(Split())},
             tokens_per_second=tokens / seconds if tokens else None,
+            overhead=ahead / sum(run.split.target_prefill for run in dense),
+            drafted=fmean(len(run.drafted) for run in own),
             free_tokens=fmean(max(0, run.opening - 1) for run in own),
             kv_bytes=fmean(run.kv_bytes for run in own),
             peak_bytes=fmean(peaks) if peaks else None,

@@ -44,14 +44,16 @@ def plan(parsed: Parsed) -> None:
     """
     recipe, run = parsed.recipe, RunFolder(parsed.run)
     synthetic_of(recipe.evaluate)
-    print(yaml.safe_dump({name: parsed.resolved[name] for name in _SECTIONS}, sort_keys=False).rstrip())
-    path = check_pair(parsed, recipe.evaluate.methods or [])
-    if recipe.context.lengths or recipe.context.path:
-        from drafttrain.evaluation.context_study import work as long_work
+    long = bool(recipe.context.lengths or recipe.context.path)
+    sections = ("target", "drafter", "context", "seed") if long else _SECTIONS
+    print(yaml.safe_dump({name: parsed.resolved[name] for name in sections}, sort_keys=False).rstrip())
+    path = check_pair(parsed, [recipe.context.decoding] if long else recipe.evaluate.methods or [])
+    if long:
+        from drafttrain.evaluation.context_plan import context_plan
 
         if is_longspec(path):
             raise UserError(NO_LONGSPEC)
-        print("\n".join(["\n--- what would run ---", *long_work(recipe.context)]))
+        print("\n".join(["\n--- what would run ---", *context_plan(parsed, path, context_of(recipe, path))]))
         return
     for method in recipe.evaluate.methods or []:
         check_length(method)

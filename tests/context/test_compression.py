@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from time import sleep
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafttrain.context.budgets import Budget, Protected
+from drafttrain.context.ahead import DraftAhead
+from drafttrain.context.budgets import Budget, Protected, document_spans
 from drafttrain.context.compression import (
     ChunkAttention,
     DraftAttention,
@@ -15,9 +19,12 @@ from drafttrain.context.compression import (
     WindowAttention,
     first_distinct,
 )
-from drafttrain.context.cost import PrefillCost, break_even, compression_pays
+from drafttrain.context.cost import CompressionCost, Seconds
+from drafttrain.context.timing import compression_cost
 from drafttrain.context.watching import QueryWatch
 from drafttrain.decoding.engine import Engine
+from drafttrain.errors import UserError
+from tests.conftest import build_tokenizer
 from tests.context.support import PROMPTS, compression, engines
 from tests.context.test_scoring import made, weights
 from tests.ops.test_attention import build
@@ -101,28 +108,66 @@ def test_every_document_keeps_its_minimum():
     assert all(sum(start <= at < end for at in kept) >= 3 for start, end in documents)
 
 
+def test_a_budget_that_does_not_hold_every_documents_minimum_is_refused():
+    """Protected tokens of a document count as its own."""
+    spans = [(start, start + 10) for start in range(0, 60, 10)]
+    method = compression(0.5, documents=lambda tokens: spans, min_per_document=4)  # 2 sinks and a window of 8
+    assert method.count(PROMPTS[0]) == 30  # 10, and 4 less 2, and 4 in each of four
+    with pytest.raises(UserError, match="less than the 33 that are protected or the 5 of each document"):
+        replace(method, min_per_document=5).count(PROMPTS[0])
+    with pytest.raises(UserError, match="a minimum of -1"):
+        replace(method, min_per_document=-1)
+
+
+def test_documents_are_found_between_separators():
+    tokenizer = build_tokenizer()
+    ids = tokenizer("Document 1: The word is apple.\n\nDocument 2: The word is tree.\n\nWhat is the word?")["input_ids"]
+
+    def parts(between):
+        return [tokenizer.decode(ids[start:end]) for start, end in document_spans(ids, tokenizer, between)]
+
+    blank = ["Document 1: The word is apple.\n\n", "Document 2: The word is tree.\n\n", "What is the word?"]
+    assert parts("\n\n") == blank
+    assert parts(r"(?=Document \d)") == [blank[0], blank[1] + blank[2]]
+    assert parts("zebra") == ["".join(blank)]
+
+
 def test_a_prompt_whose_compression_does_not_pay_is_left_whole():
-    costs = (PrefillCost(0, 1.0, 0.0), PrefillCost(10, 0.1, 0.0))
+    costs = CompressionCost(Seconds(0, 1.0, 0.0), Seconds(10, 0.1, 0.0))
     method = compression(0.5, costs=costs)
     assert method.count([0] * 24) == 24
     assert method.count([0] * 26) == 13
-    assert break_even(*costs, 0.5) == 25
-    assert not compression_pays(*costs, 24, 12)
-    assert break_even(costs[1], costs[0], 0.5) is None
+    assert not costs.pays(24, 12) and costs.pays(26, 13) and costs.break_even(0.5) == 26
+    assert costs.break_even(0.5, protected=10) == 26 and costs.break_even(0.5, protected=20) == 40
+    assert CompressionCost(costs.choosing, costs.target).break_even(0.5) is None
+    assert compression(4, costs=costs).count([0] * 12) == 12  # less than is protected, but it would not pay anyway
 
 
 def test_a_fitted_cost_finds_the_parts_again_and_none_is_negative():
-    true = PrefillCost(0.01, 2e-5, 3e-9)
+    true = Seconds(0.01, 2e-5, 3e-9)
     lengths = [256, 1024, 4096, 8192]
-    found = PrefillCost.fitted(lengths, [true.seconds(n) for n in lengths])
+    found = Seconds.fitted(lengths, [true.of(n) for n in lengths])
     assert vars(found) == pytest.approx(vars(true), rel=1e-6)
-    falling = PrefillCost.fitted([100, 200, 300], [2.0, 3.9, 5.7])
+    falling = Seconds.fitted([100, 200, 300], [2.0, 3.9, 5.7])
     assert min(vars(falling).values()) >= 0
 
 
-def test_a_cost_is_measured_on_the_engine():
-    cost = PrefillCost.measured(SMALL, (8, 64, 400), repeats=1)
-    assert cost.seconds(400) > 0
+def test_what_compression_costs_is_measured_on_the_engines_with_all_that_comes_first(monkeypatch):
+    """A drafter that is slow to draft, and scores that are slow, both move the length from which it pays."""
+    target, method = engines()[0], compression(0.25)
+    lengths = (64, 200, 400)
+
+    def choosing(ahead=1):
+        return compression_cost(target, method, DraftAhead(SMALL, ahead), lengths, repeats=2).choosing.of(200)
+
+    usual, own = choosing(), SMALL.forward
+    assert 0 < usual < 0.2
+    monkeypatch.setattr(SMALL, "forward", lambda *args, **kwargs: (sleep(0.02), own(*args, **kwargs))[1])
+    assert choosing(ahead=6) > 0.1  # six steps of drafting and one of reading
+    monkeypatch.undo()
+    score = DraftAttention.score
+    monkeypatch.setattr(DraftAttention, "score", lambda *args: (sleep(0.2), score(*args))[1])
+    assert choosing() > 0.18
 
 
 # ---- watching ----
