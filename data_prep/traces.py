@@ -9,6 +9,7 @@ rows.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -63,10 +64,11 @@ def trace(parsed: Parsed) -> None:
     pair = _load(parsed, run, recorded)
     run.record(parsed, "data_prep/traces.py")
     manifest = traces_manifest(parsed.recipe, recorded, pair)
-    writer = ShardedWriter(run.traces, manifest, recorded["rows"], parsed.recipe.traces.shard_rows)
+    folder = run.step_traces if pair.by_step else run.traces
+    writer = ShardedWriter(folder, manifest, recorded["rows"], parsed.recipe.traces.shard_rows)
     _fill(writer, pair, parsed, run)
     writer.finish()
-    say(summary(run))
+    say(step_summary(run) if pair.by_step else summary(run))
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,13 @@ class TracedPair:
     vocabulary: int
     heads: "dict[str, AcceptanceHead]"
     sampling: SamplingConfig
+
+    @property
+    def by_step(self) -> bool:
+        """Whether the drafter is a LongSpec drafter, which is traced step by step."""
+        from drafttrain.models.longspec import LongSpecDrafter
+
+        return isinstance(self.drafter.model, LongSpecDrafter)
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -135,8 +144,13 @@ def traces_manifest(recipe: Recipe, recorded: dict[str, Any], pair: TracedPair) 
 
     settings = recipe.traces
     heads = pair.heads.items()
+    if pair.by_step:
+        own = {"kind": "step_traces", "steps": pair.drafter.model.config.depth}
+    else:
+        own = {"kind": "traces", "run_length": settings.run_length}
+        own["scores"] = [*RULES, *(column for name, head in heads for column in score_names(name, head))]
+        own["heads"] = {name: weights_hash(head) for name, head in heads}
     return {
-        "kind": "traces",
         "responses": hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()[:32],
         "max_new_tokens": recorded["max_new_tokens"],
         "context": max_context(pair.target.model),
@@ -147,9 +161,7 @@ def traces_manifest(recipe: Recipe, recorded: dict[str, Any], pair: TracedPair) 
         "seed": recipe.seed,
         "top_k": settings.top_k,
         "temperatures": list(temperatures(recipe, pair)),
-        "run_length": settings.run_length,
-        "scores": [*RULES, *(column for name, head in heads for column in score_names(name, head))],
-        "heads": {name: weights_hash(head) for name, head in heads},
+        **own,
     }
 
 
@@ -172,6 +184,21 @@ def summary(run: RunFolder) -> str:
     )
 
 
+def step_summary(run: RunFolder) -> str:
+    """What the traces of a LongSpec drafter are, in a line: acceptance by step, where the step can be reached."""
+    import numpy as np
+
+    from drafttrain.records import iter_records
+
+    found: dict[int, list[np.ndarray]] = {}
+    for row in iter_records(run.step_traces, "step_traces", columns=["step", "response_ids", "draft_ids", "reached"]):
+        accepted = np.array(row["response_ids"]) == np.array(row["draft_ids"])
+        found.setdefault(row["step"], []).append(accepted[np.array(row["reached"], dtype=bool)])
+    shares = {step: np.concatenate(parts) for step, parts in sorted(found.items())}
+    told = ", ".join(f"{step}: {part.mean() if len(part) else 0.0:.1%} of {len(part)}" for step, part in shares.items())
+    return f"accepted by step of the round, where it is reached: {told}; in {run.step_traces}"
+
+
 def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPair:
     """Models and heads of the recipe, checked against each other and against the responses."""
     from drafttrain.dialogue import end_tokens
@@ -179,15 +206,16 @@ def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPai
     from drafttrain.models.loading import (
         check_same_tokenizer,
         drafter_path,
+        is_longspec,
         load_drafter,
         load_target,
-        refuse_longspec,
         shared_vocabulary,
+        vocabulary_size,
     )
 
     recipe = parsed.recipe
     path = drafter_path(recipe, run)
-    refuse_longspec(path)
+    refuse_scores(path, recipe)
     target = load_target(recipe.target)
     # in the target's dtype, as both are served: a trained drafter is stored in that of its training
     drafter = load_drafter(path, recipe.target.dtype, recipe.target.trust_remote_code)
@@ -195,7 +223,8 @@ def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPai
     answered_by = Fingerprint.from_dict(recorded["fingerprints"]["target"])
     what = f"the responses in {run.responses} were written by one target"
     answered_by.require(target.fingerprint, what, parsed.accept_new_target, "make the responses again")
-    vocabulary = min(1 + max(target.tokenizer.get_vocab().values()), shared_vocabulary(target.model, drafter.model))
+    rows = vocabulary_size(target.model) if is_longspec(path) else shared_vocabulary(target.model, drafter.model)
+    vocabulary = min(1 + max(target.tokenizer.get_vocab().values()), rows)
     if recipe.traces.top_k > vocabulary:
         raise UserError(f"traces.top_k is {recipe.traces.top_k}, but the models share {vocabulary} tokens; lower it.")
     return TracedPair(
@@ -206,6 +235,18 @@ def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPai
         heads=_load_heads(parsed, target, drafter),
         sampling=recipe.traces.sampling or SamplingConfig(**recorded["sampling"]),
     )
+
+
+def refuse_scores(path: str, recipe: Recipe) -> None:
+    """Refuse to score the tokens of a LongSpec drafter.
+
+    Raises:
+        UserError: heads are named for it.
+    """
+    from drafttrain.models.loading import is_longspec
+
+    if is_longspec(path) and recipe.traces.scores:
+        raise UserError("traces.scores are for replays, which LongSpec drafters have none of; leave it out.")
 
 
 def _load_heads(parsed: Parsed, target: "Loaded", drafter: "Loaded") -> "dict[str, AcceptanceHead]":
@@ -228,6 +269,7 @@ def temperatures(recipe: Recipe, pair: TracedPair) -> tuple[float, ...]:
 def make_tracer(recipe: Recipe, pair: TracedPair) -> "Tracer":
     """The object that makes the rows."""
     from drafttrain.decoding.engine import Engine
+    from drafttrain.evaluation.step_tracing import StepTracer
     from drafttrain.evaluation.tracing import Tracer, TraceSettings
     from drafttrain.models.loading import vocabulary_size
     from drafttrain.ops.sampling import Sampling
@@ -240,6 +282,9 @@ def make_tracer(recipe: Recipe, pair: TracedPair) -> "Tracer":
         run_length=recipe.traces.run_length,
     )
     entries = 1 + max(pair.target.tokenizer.get_vocab().values())
+    if pair.by_step:
+        target = Engine(pair.target.model, min(entries, vocabulary_size(pair.target.model))).checked()
+        return StepTracer(target, pair.drafter.model, settings)
     models = [pair.target.model, pair.drafter.model]
     engines = [Engine(model, min(entries, vocabulary_size(model))).checked() for model in models]  # as when decoding
     return Tracer(*engines, settings, pair.heads)
@@ -266,7 +311,7 @@ def _fill(writer: "ShardedWriter", pair: TracedPair, parsed: Parsed, run: RunFol
                 for place, row in zip(places, _trace(tracer, [rows[place] for place in places]), strict=True):
                     traced[place] = row
                     yield
-            writer.write(shard, traced)
+            writer.write(shard, list(itertools.chain(*traced)) if pair.by_step else traced)
 
     for _ in progress(work(), total, "traces"):
         pass

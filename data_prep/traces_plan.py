@@ -1,13 +1,20 @@
 """`traces.py --plan`: what would run, on a real response, with estimates; fails on what would fail later."""
 
+from dataclasses import replace
 from typing import Any
 
 from data_prep.planning import TargetFacts, check_disk, gigabytes, show_recipe, target_facts
-from data_prep.traces import SECTIONS, check_settings, responses_manifest
+from data_prep.traces import SECTIONS, check_settings, refuse_scores, responses_manifest
 from drafttrain.config import Parsed, Recipe, SamplingConfig, TargetConfig
 from drafttrain.evaluation.trace_scores import RULES
 from drafttrain.evaluation.tracing import PIECE
-from drafttrain.models.loading import check_same_tokenizer, drafter_path, refuse_longspec
+from drafttrain.models.loading import (
+    check_same_tokenizer,
+    drafter_path,
+    is_longspec,
+    load_model_config,
+    load_tokenizer,
+)
 from drafttrain.records import read_records
 from drafttrain.run_folder import RunFolder
 
@@ -26,14 +33,19 @@ def plan(parsed: Parsed) -> None:
     check_settings(recipe)
     manifest = responses_manifest(recipe, run)
     path = drafter_path(recipe, run)
-    refuse_longspec(path)
+    refuse_scores(path, recipe)
     target = target_facts(recipe.target)
-    drafter = target_facts(TargetConfig(path=path, trust_remote_code=recipe.target.trust_remote_code))
-    check_same_tokenizer(target.tokenizer, drafter.tokenizer, path)
+    check_same_tokenizer(target.tokenizer, load_tokenizer(path), path)
     rows = read_records(run.responses, "responses", columns=["split", "prompt_ids", "response_ids"])
     print(f"\n--- one example; [[ ]] marks the tokens that are traced ---\n{_example(rows, target)}")
     print("\n--- what would run ---")
-    for line in (*_work(rows, manifest, recipe, path, run), *_sizes(rows, target, drafter, recipe, run)):
+    if is_longspec(path):
+        steps: int = load_model_config(path).depth
+        lines = [*_step_work(rows, recipe, path, run, steps), *_step_sizes(rows, target, recipe, run, steps)]
+    else:
+        drafter = target_facts(TargetConfig(path=path, trust_remote_code=recipe.target.trust_remote_code))
+        lines = [*_work(rows, manifest, recipe, path, run), *_sizes(rows, target, drafter, recipe, run)]
+    for line in lines:
         print(line)
 
 
@@ -71,6 +83,27 @@ def _sizes(rows: Any, target: TargetFacts, drafter: TargetFacts, recipe: Recipe,
     return [
         f"memory a process: {gigabytes(memory)}, of which {gigabytes(weights)} weights",
         f"disk: {check_disk(run.path, disk_bytes(rows, recipe))}",
+    ]
+
+
+def _step_work(rows: Any, recipe: Recipe, path: str, run: RunFolder, steps: int) -> list[str]:
+    shards = -(-len(rows) // recipe.traces.shard_rows)
+    done = len(list(run.step_traces.glob("part-*.parquet"))) if run.step_traces.exists() else 0
+    return [
+        f"step traces: {len(rows)} responses of {recipe.target.path}, {_tokens(rows)} tokens, LongSpec drafter {path}",
+        f"steps: each response as drafted at step 1 to {steps} of a round",
+        f"shards: {shards} of {recipe.traces.shard_rows} responses, {done} of them there already, in {run.step_traces}",
+    ]
+
+
+def _step_sizes(rows: Any, target: TargetFacts, recipe: Recipe, run: RunFolder, steps: int) -> list[str]:
+    read = sum(sorted(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)[-recipe.traces.batch_size :])
+    states = read * (target.cache_bytes_per_token() + 16 * target.config.get_text_config().hidden_size)
+    memory = int(target.weight_bytes() + states + 12 * 4 * PIECE)
+    without_runs = replace(recipe, traces=replace(recipe.traces, run_length=0))
+    return [
+        f"memory a process: {gigabytes(memory)}, of which {gigabytes(target.weight_bytes())} weights of the target",
+        f"disk: {check_disk(run.path, steps * disk_bytes(rows, without_runs))}",
     ]
 
 

@@ -91,9 +91,34 @@ SCHEMAS: dict[str, pa.Schema] = {
             "run_scores": _FLOATS,  # [rules, rejected positions, R]
         }
     ),
+    # As traces, of LongSpec drafters: one row a response and step of the round.
+    "step_traces": pa.schema(
+        {
+            "prompt_id": pa.string(),
+            "split": pa.string(),
+            "task": pa.string(),
+            "source": pa.string(),
+            "turn": pa.int32(),
+            "step": pa.int32(),  # from 1: the target's last so many tokens are not there to be read
+            "prompt_ids": _IDS,
+            "response_ids": _IDS,  # X [T]
+            "draft_ids": _IDS,  # Y [T], coupled to X
+            "reached": pa.list_(pa.bool_()),  # [T] whether the tokens before, at the steps before, were accepted
+            "log_p": _FLOATS,
+            "log_q": _FLOATS,
+            "overlap": _FLOATS,
+            "entropy": _FLOATS,
+            "p_top_ids": _IDS,
+            "p_top_logits": _FLOATS,
+            "q_top_ids": _IDS,
+            "q_top_logits": _FLOATS,
+            "log_z_p": _FLOATS,
+            "log_z_q": _FLOATS,
+        }
+    ),
 }
 
-SCHEMA_VERSIONS: dict[str, int] = {"prompts": 1, "responses": 1, "traces": 1, "readings": 1}
+SCHEMA_VERSIONS: dict[str, int] = {"prompts": 1, "responses": 1, "traces": 1, "step_traces": 1, "readings": 1}
 
 MANIFEST = "manifest.json"
 

@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "traces"
 
     @property
+    def step_traces(self) -> Path:
+        """Accept/reject traces of a LongSpec drafter, step by step."""
+        return self.path / "step_traces"
+
+    @property
     def head(self) -> Path:
         """The acceptance head."""
         return self.path / "head"

@@ -78,6 +78,9 @@ CALIBRATION_QUESTIONS = 6
 LONGSPEC_LENGTHS = (2, 4, 6)
 """Lengths of a LongSpec drafter that are run where a recipe names no methods."""
 
+LONGSPEC_THRESHOLDS = (0.3, 0.5, 0.7)
+"""Thresholds of its acceptance heads, likewise."""
+
 SPEED_CHECK_QUESTIONS = 6
 """Questions of the instrumented runs that say where the time goes."""
 
@@ -219,7 +222,11 @@ class Evaluation:
             return pick(points, self.config.top)
         longest = self.config.max_length
         lengths = [f"LongSpec(drafter, length={length})" for length in LONGSPEC_LENGTHS if length <= longest]
-        return [*lengths, f"LongSpec(drafter, stop=Confidence(0.4, max={longest}))"]
+        rules = [f"Confidence(0.4, max={longest})"]
+        for name, head in self.models.heads.items():
+            most = min(longest, head.config.max_length)
+            rules += [f"AcceptanceHead({name}, {threshold}, max={most})" for threshold in LONGSPEC_THRESHOLDS]
+        return [*lengths, *(f"LongSpec(drafter, stop={rule})" for rule in rules)]
 
     def _questions(self, records: Sequence[Mapping[str, Any]], sampling: Sampling) -> list[Question]:
         decoder = self.models.decoder(AUTOREGRESSIVE, sampling, self.seed)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from drafttrain.models.logits import LogitShape
@@ -150,6 +150,25 @@ class BesideTarget:
 
     def __init__(self, block: LongSpecDrafter, target: PreTrainedModel) -> None:
         self.block, self.target = block, target
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The block's."""
+        return self.block.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states."""
+        return self.block.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of both."""
+        return self.block.device
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of both."""
+        yield from (*self.block.parameters(), *self.target.parameters())
 
     def get_input_embeddings(self) -> nn.Module:
         """The target's."""

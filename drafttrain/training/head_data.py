@@ -17,11 +17,15 @@ rounds
     whole drafting rounds of random length, up to the rejected token: of the positions of a response, those that are
     drafted while decoding, at the steps at which they are.
 
+Traces of a LongSpec drafter are of one step each (step_tracing.py): their examples are drafted at that step, where it
+can be reached.
+
 `Examples.index` says which response position's state an example reads; head_states.py looks it up.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +50,9 @@ COLUMNS = (
     *("p_top_ids", "p_top_logits", "q_top_ids", "q_top_logits", "log_z_p", "log_z_q"),
 )
 """What is read of a trace record."""
+
+STEP_COLUMNS = (*COLUMNS, "step", "reached")
+"""What is read of a step trace."""
 
 _LIKELY = 0.01
 """Data expected: tokens of smaller q are left to chance, as there are many and they weigh little."""
@@ -81,6 +88,8 @@ class Trace:
         response_T, draft_T: X and Y, int64.
         label_T: P of each Y, float32; log_q_T and entropy_T of the q that drew it.
         likely: for data expected; None for greedy decoding, whose Y is the only one possible.
+        step: of the round at which all tokens were drafted; None where that changes nothing.
+        reached_T: bool, the positions that can be drafted at this step; None for all.
     """
 
     sample: int
@@ -91,6 +100,12 @@ class Trace:
     log_q_T: Tensor
     entropy_T: Tensor
     likely: Likely | None = None
+    step: int | None = None
+    reached_T: Tensor | None = None
+
+    def reached(self, column_T: Tensor) -> Tensor:
+        """The part of a column that can be drafted at this step."""
+        return column_T if self.reached_T is None else column_T[self.reached_T]
 
     @property
     def accepted_before_T(self) -> Tensor:
@@ -153,6 +168,8 @@ class Layout:
             log_q_T=log_q_T,
             entropy_T=entropy_T,
             likely=self._likely(record, draft_T) if likely and self.log_z is not None else None,
+            step=record.get("step"),
+            reached_T=torch.tensor(record["reached"], dtype=torch.bool) if "reached" in record else None,
         )
 
     def _likely(self, record: Mapping[str, Any], draft_T: Tensor) -> Likely:
@@ -222,7 +239,8 @@ def make_examples(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: 
     if config.data == "rounds":
         index_N, step_N = _rounds(trace, config, seed, epoch)
     else:
-        step_N = _random_steps(trace, config.max_length, seed, epoch)[index_N]
+        step_T = _random_steps(trace, config.max_length, seed, epoch)
+        step_N = step_T[index_N] if trace.step is None else torch.full_like(step_T, trace.step)[index_N]
     drafted = Examples(
         tokens_T=tokens_T,
         index_N=index_N,
@@ -233,7 +251,14 @@ def make_examples(trace: Trace, config: AcceptanceHeadConfig, seed: int, epoch: 
         label_N=trace.label_T[index_N],
         weight_N=torch.ones(len(index_N)),
     )
-    return _expected(drafted, trace.likely) if config.data == "expected" and trace.likely else drafted
+    examples = _expected(drafted, trace.likely) if config.data == "expected" and trace.likely else drafted
+    return examples if trace.reached_T is None else _only(examples, trace.reached_T[examples.index_N])
+
+
+def _only(examples: Examples, kept_N: Tensor) -> Examples:
+    """Some of the examples."""
+    names = [item.name for item in dataclasses.fields(Examples) if item.name != "tokens_T"]
+    return dataclasses.replace(examples, **{name: getattr(examples, name)[kept_N] for name in names})
 
 
 def _expected(drafted: Examples, likely: Likely) -> Examples:
@@ -361,7 +386,7 @@ def features_and_labels(dataset: HeadDataset, most: int = 1_000_000) -> tuple[np
     """log q, entropy and label of drafted tokens, for baselines: float64 [N] each, evenly thinned to about `most`."""
     traces = [dataset.trace(row) for row in range(len(dataset.records))]
     names = ("log_q_T", "entropy_T", "label_T")
-    columns = [torch.cat([getattr(trace, name) for trace in traces]).double().numpy() for name in names]
+    columns = [torch.cat([trace.reached(getattr(trace, name)) for trace in traces]).double().numpy() for name in names]
     every = -(-len(columns[0]) // most)
     return tuple(column[:: max(every, 1)] for column in columns)
 

@@ -19,7 +19,7 @@ from drafttrain.training.head_program import (
     read_inputs,
     start_head,
 )
-from drafttrain.training.head_states import DrafterStates, StateStore
+from drafttrain.training.head_states import StateStore, states_of
 from drafttrain.training.state_file import StateFile
 from drafttrain.training.work_folder import global_batch
 
@@ -75,8 +75,8 @@ def _data(inputs: Inputs) -> list[str]:
     lines = []
     for name, records in (("train", inputs.train), ("tune", inputs.tune)):
         traces: list[Trace] = [inputs.layout.trace(records[row]) for row in range(len(records))]
-        tokens = sum(len(trace.draft_T) for trace in traces)
-        accepted = sum(float(trace.label_T.sum()) for trace in traces) / max(tokens, 1)
+        tokens = sum(len(trace.reached(trace.draft_T)) for trace in traces)
+        accepted = sum(float(trace.reached(trace.label_T).sum()) for trace in traces) / max(tokens, 1)
         lines.append(f"{name}: {len(records)} responses, {tokens} drafted tokens, {accepted:.1%} accepted")
     sampling = inputs.config.sampling
     way = "greedy" if inputs.layout.greedy else f"at temperature {sampling['temperature']}"
@@ -100,7 +100,7 @@ def _work(parsed: Parsed, inputs: Inputs) -> list[str]:
 
 
 def _disk(parsed: Parsed, inputs: Inputs) -> list[str]:
-    states = DrafterStates(inputs.drafter.model, inputs.config)
+    states = states_of(inputs.drafter.model, inputs.config)
     if inputs.config.data == "mixed":
         return ["disk: the head only; with token mixing the drafter runs in every epoch"]
     dataset = HeadDataset(inputs.train, inputs.layout, inputs.config, parsed.recipe.seed)

@@ -16,11 +16,12 @@ from drafttrain.errors import UserError
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig, load_config
 from drafttrain.models.checkpoint import CheckpointInfo, read_info, save_checkpoint
 from drafttrain.models.fingerprint import Fingerprint, weights_hash
-from drafttrain.models.loading import Loaded, drafter_path, load_drafter
+from drafttrain.models.loading import Loaded, drafter_path, is_longspec, load_drafter, load_target
+from drafttrain.models.longspec_states import BesideTarget
 from drafttrain.records import read_manifest, read_records
 from drafttrain.run_folder import RunFolder
 from drafttrain.training.arguments import training_arguments
-from drafttrain.training.head_data import COLUMNS, HeadDataset, Layout
+from drafttrain.training.head_data import COLUMNS, STEP_COLUMNS, HeadDataset, Layout
 from drafttrain.training.work_folder import clear_unless_same, global_batch, last_checkpoint, remove
 
 if TYPE_CHECKING:
@@ -64,19 +65,29 @@ def read_inputs(parsed: Parsed) -> Inputs:
             not go together.
     """
     run, recipe = RunFolder(parsed.run), parsed.recipe
-    manifest = read_manifest(run.require(run.traces, "data_prep/traces.py"), "traces")
+    if not run.step_traces.exists():
+        run.require(run.traces, "data_prep/traces.py")
+    path = drafter_path(recipe, run)
+    by_step = is_longspec(path)
+    folder, kind = (run.step_traces, "step_traces") if by_step else (run.traces, "traces")
+    manifest = read_manifest(run.require(folder, "data_prep/traces.py"), kind)
     # its states in the dtype that it is traced and served in
-    drafter = load_drafter(drafter_path(recipe, run), recipe.target.dtype, recipe.target.trust_remote_code)
+    drafter = load_drafter(path, recipe.target.dtype, recipe.target.trust_remote_code)
     drafter.model.requires_grad_(False)
-    expect = {"fingerprints": {"drafter": drafter.fingerprint.to_dict()}}
-    records = read_records(run.traces, "traces", expect, COLUMNS, parsed.accept_new_target)
+    prints = {"drafter": drafter.fingerprint.to_dict()}
+    if by_step:
+        beside = load_target(recipe.target)
+        prints["target"] = beside.fingerprint.to_dict()
+        drafter = dataclasses.replace(drafter, model=BesideTarget(drafter.model, beside.model))
+    columns = STEP_COLUMNS if by_step else COLUMNS
+    records = read_records(folder, kind, {"fingerprints": prints}, columns, parsed.accept_new_target)
     target = Fingerprint.from_dict(manifest["fingerprints"]["target"])
     config = head_config(recipe.head, manifest, drafter, target)
     layout = Layout.of(manifest)
     layout.check(config)
     train, tune = (_split(records, name) for name in ("train", "tune"))
     if not any(len(ids) for ids in train["response_ids"]):
-        raise UserError(f"{run.traces} holds no drafted token of the split train to learn from; trace more responses.")
+        raise UserError(f"{folder} holds no drafted token of the split train to learn from; trace more responses.")
     name = _folder_name(recipe.head.folder)
     places = (run.path / name, run.path / f"{name}-training")
     start = start_head(recipe.head, config, parsed.accept_new_target)
@@ -96,6 +107,10 @@ def head_config(
     given["features"] = tuple(settings.features)
     given["mixing"] = settings.mixing if settings.data == "mixed" else 0.0
     embeddings_VE = drafter.model.get_input_embeddings().weight
+    if isinstance(drafter.model, BesideTarget):
+        _check_block_head(settings)
+        given["max_length"] = min(settings.max_length, drafter.model.config.depth)
+        given["min_length"] = min(settings.min_length, given["max_length"])
     return AcceptanceHeadConfig(
         hidden_size=drafter.model.config.get_text_config().hidden_size,
         embeddings=tuple(embeddings_VE.shape) if "token" in settings.features else None,
@@ -104,6 +119,14 @@ def head_config(
         target=target,
         drafter=drafter.fingerprint,
     )
+
+
+def _check_block_head(settings: HeadConfig) -> None:
+    if settings.state != "producing" or settings.data not in ("exact", "expected"):
+        raise UserError(
+            f"head.state {settings.state} with head.data {settings.data} is not for LongSpec drafters, whose states "
+            "are of one step each; take head.state producing and head.data exact or expected."
+        )
 
 
 def train_head(parsed: Parsed) -> None:
@@ -243,10 +266,10 @@ class _WithMetrics:
 
 def _states(name: str, dataset: HeadDataset, inputs: Inputs) -> States:
     """States of a data set, from a store where they stay the same and the disk has room."""
-    from drafttrain.training.head_states import DrafterStates, StateStore
+    from drafttrain.training.head_states import StateStore, states_of
     from drafttrain.training.state_file import StateFile
 
-    states = DrafterStates(inputs.drafter.model, dataset.config)
+    states = states_of(inputs.drafter.model, dataset.config)
     if dataset.config.data == "mixed":
         return states
     path = inputs.work / f"states-{name}.bin"

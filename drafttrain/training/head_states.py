@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig
 from drafttrain.models.branch_states import Branches, batch_branch_states
+from drafttrain.models.longspec_states import BesideTarget, block_states, read_target
 from drafttrain.training.head_data import Examples, HeadDataset, Trace
 from drafttrain.training.state_file import TOKENS_AT_ONCE, StateFile
 
@@ -71,6 +72,44 @@ class DrafterStates:
             start = len(trace.prompt) - shift
             flat.append(hidden_BLH[b, start : start + len(examples.tokens_T)])
         return flat
+
+
+class BlockStates(DrafterStates):
+    """States of a LongSpec drafter's tokens, each drafted at the step of its trace.
+
+    Args:
+        model: block and target.
+        config: of the head; its state is the producing one.
+    """
+
+    model: BesideTarget
+
+    @torch.no_grad()
+    def flat(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+        """As `DrafterStates.flat`; a text that several steps were traced of is read once."""
+        block, target = self.model.block, self.model.target
+        texts: dict[tuple[int, ...], int] = {}
+        for _, trace, examples in wanted:
+            texts.setdefault((*trace.prompt, *examples.tokens_T.tolist()), len(texts))
+        lengths = [len(text) for text in texts]
+        device = target.get_input_embeddings().weight.device
+        ids_1T = torch.tensor([[token for text in texts for token in text]], device=device)
+        positions_1T = torch.cat([torch.arange(length, device=device) for length in lengths]).unsqueeze(0)
+        reading = read_target(target, ids_1T, None, block.config.kv_layer, positions_1T, lengths=lengths)
+        steps = {trace.step for _, trace, _ in wanted}
+        lags = {step: torch.full((len(texts),), step, device=device) for step in steps}
+        states = {step: block_states(block, reading, lag_B)[0] for step, lag_B in lags.items()}
+        found = []
+        for _, trace, examples in wanted:
+            tokens = examples.tokens_T.tolist()
+            start = reading.documents[texts[*trace.prompt, *tokens]].start + len(trace.prompt) - 1
+            found.append(states[trace.step][start : start + len(tokens)])
+        return found
+
+
+def states_of(model: PreTrainedModel | BesideTarget, config: AcceptanceHeadConfig) -> DrafterStates:
+    """What computes a drafter's states."""
+    return (BlockStates if isinstance(model, BesideTarget) else DrafterStates)(model, config)
 
 
 def by_size(wanted: Sequence[Wanted], tokens: int = TOKENS_AT_ONCE) -> Iterator[list[Wanted]]:

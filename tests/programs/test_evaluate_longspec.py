@@ -6,11 +6,9 @@ import pytest
 
 from drafttrain.cli import main
 from drafttrain.config import BlockConfig
-from drafttrain.errors import UserError
 from drafttrain.evaluation.schema import read_report
 from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
 from drafttrain.models.fingerprint import fingerprint
-from drafttrain.models.loading import refuse_longspec
 from drafttrain.models.longspec_new import new_block
 from tests.conftest import build_llama, build_tokenizer
 from tests.programs.test_evaluate import flags, refused
@@ -99,10 +97,7 @@ def test_it_cannot_look_ahead_of_its_target(files, tmp_path, capsys):
         assert "a LongSpec drafter reads its target's keys" in refused(capsys, "evaluate", *pair, *run, *more)
 
 
-def test_it_cannot_be_traced_nor_exported(files, tmp_path, capsys):
-    with pytest.raises(UserError, match="is a LongSpec drafter: what it drafts depends on the step"):
-        refuse_longspec(str(files / "drafter"))
-    refuse_longspec(str(files / "target"))
+def test_it_cannot_be_exported(files, tmp_path, capsys):
     pair = ["--target.path", str(files / "target"), "--drafter.path", str(files / "drafter")]
     with pytest.raises(SystemExit) as stop:
         main(["export", *pair, "--run", str(tmp_path / "run")])
