@@ -20,6 +20,13 @@ _flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention
 _efficient_cuda = torch.ops.aten._scaled_dot_product_efficient_attention
 
 
+# From this many folded rows on, 16-bit attention on a CPU is faster as products of its own than in torch's kernel.
+_ROWS = 128
+
+_CHUNK = 1024
+"""Keys at a time, whose scores stay in a processor's cache."""
+
+
 class TreeMask(Tensor):
     """An additive mask [B or 1, 1, R, T] over the tree's own slots, which begin in each row behind its ``starts``."""
 
@@ -96,9 +103,44 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         [B, M, R, D] and the natural log-sum-exp of the scores, [B, M, R].
     """
     if query.device.type == "cpu":
+        if query.dtype in (torch.float16, torch.bfloat16) and query.shape[2] >= _ROWS:
+            return _by_products(query, key, value, scale)
         return _flash_cpu(query, key, value, scale=scale)
     if query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0:
         out, lse, *_ = _flash_cuda(query, key, value, scale=scale)
         return out, lse
     out, lse, *_ = _efficient_cuda(query, key, value, None, True, scale=scale)
     return out, lse[:, :, : query.shape[2]]
+
+
+def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `prefix_attention`, in plain products of all of a head's rows: torch's kernel takes 64 at a time.
+
+    Scores are float32 products of what is exact in 16 bits; weights are rounded to 16 bits, as in the kernel, for the
+    product with the values, which takes a fourth of the time then.
+    """
+    batch, heads, rows, size = query.shape
+    slots, wide = key.shape[2], torch.float32
+    out = torch.empty(query.shape, dtype=wide)
+    lse = torch.empty(batch, heads, rows)
+    scores_RC, keys_CD = torch.empty(rows, _CHUNK), torch.empty(_CHUNK, size)
+    weights_RC = torch.empty(rows, _CHUNK, dtype=value.dtype)
+    for b in range(batch):
+        for m in range(heads):
+            query_RD = query[b, m].to(wide) * scale
+            top_R1, total_R1 = torch.full((rows, 1), -torch.inf), torch.zeros(rows, 1)
+            out_RD = out[b, m].zero_()
+            for start in range(0, slots, _CHUNK):
+                count = min(_CHUNK, slots - start)
+                part = slice(start, start + count)
+                keys = keys_CD[:count].copy_(key[b, m, part])
+                scores = torch.mm(query_RD, keys.T, out=scores_RC if count == _CHUNK else None)
+                higher_R1 = torch.maximum(top_R1, scores.amax(1, keepdim=True))
+                scores.sub_(higher_R1).exp_()
+                kept_R1 = (top_R1 - higher_R1).exp_()
+                total_R1.mul_(kept_R1).add_(scores.sum(1, keepdim=True))
+                out_RD.mul_(kept_R1).add_(weights_RC[:, :count].copy_(scores) @ value[b, m, part])
+                top_R1 = higher_R1
+            out_RD.div_(total_R1)
+            lse[b, m] = (top_R1 + total_R1.log()).squeeze(1)
+    return out, lse

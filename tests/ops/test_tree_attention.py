@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from drafttrain.ops.tree import ancestry
-from drafttrain.ops.tree_attention import TreeMask, tree_attention
+from drafttrain.ops.tree_attention import TreeMask, _by_products, _flash_cpu, prefix_attention, tree_attention
 
 HEADS, SIZE = 4, 8
 PARENTS = torch.tensor([[-1, -1, 0, 0, 1, 2, 5], [-1, 0, 1, 2, -1, 4, 4]])
@@ -92,3 +92,22 @@ def test_what_lies_in_slots_behind_a_rows_tree_is_never_read():
     clean = tree_attention(query, key, value, mask)
     key[1, :, 11:], value[1, :, 11:] = torch.nan, torch.nan
     assert torch.equal(tree_attention(query, key, value, mask), clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [1, 7, 1024, 1025, 2500])
+def test_products_of_many_rows_are_as_exact_as_the_kernel(dtype, slots):
+    """Both against float64; and log-sum-exps to float32, whatever lies in the chunks before."""
+    rows = 130
+    query, key, value = (
+        states(2, 2, rows, dtype, 4.0), states(2, 2, slots, dtype, 2.0), states(2, 2, slots + 1, dtype)[:, :, :slots]
+    )  # fmt: skip
+    key[:, :, -1] *= 3  # the largest scores come last
+    scores = query.double() @ key.double().transpose(2, 3) * 0.3
+    exact, exact_lse = scores.softmax(-1) @ value.double(), scores.logsumexp(-1)
+    (own, lse), (kernel, _) = _by_products(query, key, value, 0.3), _flash_cpu(query, key, value, scale=0.3)
+    assert (lse - exact_lse).abs().max() < 1e-4
+    error, other = ((found.double() - exact).square().mean().sqrt() for found in (own, kernel))
+    assert error < 1.2 * other + 1e-6
+    found, _ = prefix_attention(query, key, value, 0.3)  # takes it from so many rows on
+    assert torch.equal(found, own)
