@@ -35,6 +35,7 @@ FIGURES = {
         *("free_tokens_4", "free_tokens_8", "free_tokens_16"),
     ),
     "prompt_compression": ("points_over_chunked_25", "ttft_ratio_25"),
+    "longspec_loss": ("loss_reference", "loss_end_reference"),
     "longspec_memory": ("kv_bytes_ratio_32k_1k", "startup_ratio_32k_1k"),
     "longspec_positions": (
         *("tau_ratio_plain", "tau_ratio_anchor_offset", "tau_ratio_multi_gap", "target_loss_delta", "noisy_gain"),
