@@ -157,7 +157,8 @@ class _Setting:
         few = short[: max(1, INSTRUMENTED_REQUESTS // size) * size]
         calibration = calibrate(models, self.sampling, few, size, config.max_length, self.seed)
         costs = by_family([calibration], config.max_length + 1)
-        methods = list(methods) or best_lengths(models.synthetic, costs["fixed"], config.max_length, config.top)
+        swept = (models.synthetic, costs["fixed"], config.max_length, config.top, models.chain)
+        methods = list(methods) or best_lengths(*swept)
         methods = list(dict.fromkeys([AUTOREGRESSIVE, *methods]))
         decoders = {method: models.decoder(method, self.sampling, self.seed) for method in methods}
         title = f"{self.name}: batches of {size}"
@@ -210,13 +211,18 @@ def full_batches(questions: Sequence[Question], size: int) -> list[Question]:
     return [replace(questions[at], sample_id=questions[at].sample_id + times) for times, at in rounds]
 
 
-def best_lengths(synthetic: SyntheticAcceptance, costs: Costs, longest: int, top: int) -> list[str]:
-    """The fixed lengths up to ``longest`` that rates and costs predict to be fastest, shortest first."""
+def best_lengths(
+    synthetic: SyntheticAcceptance, costs: Costs, longest: int, top: int, chain: str = "Model"
+) -> list[str]:
+    """The fixed lengths up to ``longest`` that rates and costs predict to be fastest, shortest first.
+
+    ``chain`` is the constructor that drafts them.
+    """
     member = next(iter(costs.c))
     lengths = range(1, longest + 1)
     speedups = {length: predict(expected_counts(synthetic, length, member), costs) for length in lengths}
     best = sorted(lengths, key=lambda length: -speedups[length])[:top]
-    return [f"Model(drafter, length={length})" for length in sorted(best)]
+    return [f"{chain}(drafter, length={length})" for length in sorted(best)]
 
 
 def expected_counts(synthetic: SyntheticAcceptance, length: int, member: str) -> Counts:

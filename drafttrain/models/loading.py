@@ -95,15 +95,19 @@ def load_random(config: TargetConfig, seed: int) -> Loaded:
 def random_causal_lm(
     config: Any, dtype: torch.dtype, device: torch.device, seed: int, trust_remote_code: bool = False
 ) -> Any:
-    """A causal LM with weights drawn as its architecture initialises them, in eval mode, without gradients.
+    """A causal LM (or LongSpec drafter) with weights drawn as its architecture initialises them, in eval mode, frozen.
 
     They are made in their dtype on their device; no other copy ever exists, so a model may be as large as the device.
     """
     from transformers import AutoModelForCausalLM
 
+    from drafttrain.models.longspec import LongSpecConfig, LongSpecDrafter
+
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), device:
         torch.manual_seed(seed)
+        if isinstance(config, LongSpecConfig):
+            return LongSpecDrafter._from_config(config, dtype=dtype).requires_grad_(False).eval()
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.requires_grad_(False).eval()
 
@@ -155,19 +159,6 @@ def is_longspec(path: str | Path) -> bool:
         return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "longspec"
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def refuse_longspec(path: str) -> None:
-    """Refuse to trace a LongSpec drafter.
-
-    Raises:
-        UserError: it is one.
-    """
-    if is_longspec(path):
-        raise UserError(
-            f"{path} is a LongSpec drafter: what it drafts depends on the step of a round, which traces do not record; "
-            "evaluate it by real runs (drafttrain evaluate)."
-        )
 
 
 def load_causal_lm(

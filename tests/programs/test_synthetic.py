@@ -5,6 +5,8 @@ import json
 import pytest
 
 from drafttrain.cli import main
+from drafttrain.config import BlockConfig
+from drafttrain.models.longspec_new import block_config
 from tests.conftest import build_llama, build_tokenizer
 from tests.programs.test_evaluate import refused
 
@@ -125,3 +127,19 @@ def test_nothing_is_proven_of_it(files, tmp_path, capsys, more):
     pair = ("--target.path", str(files / "target"), "--drafter.path", str(files / "drafter"))
     assert "nothing can be proven" in refused(capsys, "lossless", *pair, *more, "--run", str(tmp_path / "proof"))
     assert not (tmp_path / "proof").exists()
+
+
+def test_a_longspec_drafter_of_random_weights_is_measured_too(files, tmp_path):
+    config = block_config(build_llama(layers=2), BlockConfig(window=16))
+    shapes = tmp_path / "files"
+    shapes.mkdir()
+    (shapes / "target").symlink_to(files / "target")
+    (shapes / "prompts.jsonl").symlink_to(files / "prompts.jsonl")
+    config.save_pretrained(shapes / "drafter")
+    build_tokenizer().save_pretrained(shapes / "drafter")
+    one = (*RATES, "--evaluate.batch_sizes", "[1]")
+    for methods in ((), ("--evaluate.methods", '["LongSpec(drafter, length=3)"]')):
+        main(["evaluate", *flags(shapes, tmp_path / "run", *one, *methods)])
+        found = json.loads((tmp_path / "run" / "synthetic.json").read_text())
+        [own] = [row for row in found["rows"] if row["method"].startswith("LongSpec(drafter, length=")]
+        assert own["tokens_per_second"] > 0 and own["tau"] > 1 and found["random_weights"]
