@@ -323,6 +323,9 @@ class EvaluateConfig:
     """test prompts of each task that are really run"""
     max_new_tokens: int = at_least(2, 128)
     """longest answer in real runs, in tokens"""
+    contexts: list[int] = field(default_factory=list, metadata={"low": 64})
+    """instead of the prompts themselves, their first turns behind so much other text that they have so many tokens,
+    e.g. [1024, 8192]: the same questions at every length"""
     batch_size: int = at_least(1, 1)
     """sequences decoded together in real runs"""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"low": 1})

@@ -23,11 +23,12 @@ from drafttrain.config import Parsed, SamplingConfig
 from drafttrain.distributed import say
 from drafttrain.errors import UserError
 from drafttrain.evaluation import figures
-from drafttrain.evaluation.contexts import by_context
+from drafttrain.evaluation.contexts import by_context, paired_lines
 from drafttrain.evaluation.cost import predict
 from drafttrain.evaluation.environment import describe, load, peak_bytes, streamed_bytes
 from drafttrain.evaluation.exactness import greedy_check, identity_check, not_checked, sampled_check
 from drafttrain.evaluation.examples import examples, sample_path
+from drafttrain.evaluation.filler import behind_filler
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.load import Load
 from drafttrain.evaluation.load_study import Study
@@ -231,7 +232,12 @@ class Evaluation:
     def _questions(self, records: Sequence[Mapping[str, Any]], sampling: Sampling) -> list[Question]:
         decoder = self.models.decoder(AUTOREGRESSIVE, sampling, self.seed)
         limits = Limits(self.config.max_new_tokens, self.models.context, max(8, self.config.batch_size))
-        return questions_of(records, self.models.tokenizer, limits, lambda group: answer(decoder, group))
+        found = questions_of(records, self.models.tokenizer, limits, lambda group: answer(decoder, group))
+        if not self.config.contexts:
+            return found
+        asked = {record["prompt_id"] for record in records}
+        others = [record["prompt_ids"] for record in self.inputs.everything if record["prompt_id"] not in asked]
+        return behind_filler(found, self.config.contexts, others, self.models.context)
 
     def _tune(
         self, name: str, sampling: Sampling, tuning: Sequence[Question]
@@ -289,7 +295,10 @@ class Evaluation:
         measured.timings = instrument_all(decoders, spread, models.engines())
         widest = max([config.max_length, *map(widest_of, methods)])
         measured.costs = by_family([measured.calibration, measured.timings], widest + 1)
-        measured.contexts = by_context(measured.questions, measured.samples, decoders, measured.name)
+        measured.contexts = by_context(
+            measured.questions, measured.samples, decoders, measured.name, self.config.bootstrap
+        )
+        self.notes += paired_lines(measured.contexts)
         decoders.clear()  # their caches are no memory of the next method's
         for method in methods:
             measured.memory[method] = self._peak_bytes(method, sampling, groups[0])

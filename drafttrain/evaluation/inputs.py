@@ -18,7 +18,7 @@ TUNING_PER_TASK = 8
 
 @dataclass(frozen=True)
 class Inputs:
-    """Prompts by what they are for, and the right answers known of any of them, by prompt and turn.
+    """Prompts by what they are for, everything there is, and the right answers known of it by prompt and turn.
 
     Where there are no tuning prompts, a quarter of the test prompts are `tune` too: then they are not `apart`.
     """
@@ -27,6 +27,7 @@ class Inputs:
     tune: list[Record]
     references: Mapping[tuple[str, int], str]
     apart: bool = True
+    everything: Sequence[Record] = ()
 
 
 def inputs_of(parsed: Parsed, tokenizer: Any, context: int, write: bool = True) -> Inputs:
@@ -52,7 +53,7 @@ def inputs_of(parsed: Parsed, tokenizer: Any, context: int, write: bool = True) 
         raise UserError(
             f"{run.prompts} has no test prompts; hold some out with prompts.held_out, or give more prompts."
         )
-    return Inputs(test, tune or test[: max(1, len(test) // 4)], references(records), apart=bool(tune))
+    return Inputs(test, tune or test[: max(1, len(test) // 4)], references(records), bool(tune), records)
 
 
 def split(records: Sequence[Record], per_task: int) -> tuple[list[Record], list[Record]]:

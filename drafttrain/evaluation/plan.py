@@ -13,6 +13,7 @@ from drafttrain.context.ahead import NO_LONGSPEC
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import parse_method, resolved
 from drafttrain.errors import UserError
+from drafttrain.evaluation.filler import check_contexts
 from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.load_study import group_of, request_count, sizes_of
 from drafttrain.evaluation.methods import check_length, kind_of
@@ -59,6 +60,7 @@ def plan(parsed: Parsed) -> None:
         check_length(method)
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
     heads = {name: load_config(run.path / name) for name in head_names(run)}
+    check_contexts(recipe.evaluate.contexts, context_of(recipe, path))
     found = inputs_of(parsed, target, context_of(recipe, path), write=False)
     shown = target.decode(found.test[0]["prompt_ids"])
     print(
@@ -118,7 +120,7 @@ def _work(parsed: Parsed, found: Inputs, path: str, heads: dict[str, AcceptanceH
         return [pair, *work(config, len(found.test)), f"speeds: {parsed.run / f'{NAME}.json'}"]
     samplings = [sampling_name(each) for each in config.samplings or [parsed.recipe.responses.sampling]]
     methods = 1 + (len(config.methods) if config.methods else (2 + len(heads)) * config.top)
-    turns = len(found.test)
+    turns = len(found.test) * max(1, len(config.contexts))
     tokens = turns * methods * config.repeats * config.max_new_tokens * len(samplings)
     tasks = ", ".join(f"{task} {count}" for task, count in Counter(r["task"] for r in found.test).items())
     return [

@@ -34,6 +34,7 @@ class Question:
         limit: most new tokens, as many as fit into the context.
         reference: the right answer where there is one.
         sample_id: keys the draws.
+        context: tokens that it was made to have by text before it; None as it is.
     """
 
     prompt_id: str
@@ -43,6 +44,7 @@ class Question:
     limit: int
     reference: str | None
     sample_id: int
+    context: int | None = None
 
 
 @dataclass(frozen=True)

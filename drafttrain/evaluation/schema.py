@@ -330,6 +330,8 @@ class ContextBucket:
     """of reading a prompt, mean"""
     drafter_kv_bytes: int | None
     """keys and values that the drafter keeps behind the longest prompt; None without such"""
+    tau_ratio: Interval | None = None
+    """tau over that of the same questions at the shortest length (evaluate.contexts)"""
 
 
 @dataclass

@@ -56,6 +56,21 @@ def test_longer_prompts_are_told_apart(files, tmp_path, monkeypatch):
     assert (tmp_path / "run" / report.plots["contexts"]).is_file()
 
 
+def test_the_same_questions_are_asked_at_several_lengths(files, tmp_path, capsys):
+    method = ("--evaluate.methods", '["LongSpec(drafter, length=2)"]')
+    main(["evaluate", *flags(files, tmp_path / "run"), *method, "--evaluate.contexts", "[256, 400]"])
+    report = read_report(tmp_path / "run")
+    drafted = [bucket for bucket in report.contexts if bucket.method == "LongSpec(drafter, length=2)"]
+    assert [bucket.context for bucket in drafted] == [256, 400] and len({bucket.prompts for bucket in drafted}) == 1
+    ratios = [bucket.tau_ratio for bucket in drafted]
+    assert ratios[0].value == 1 and ratios[1].value == pytest.approx(drafted[1].tau / drafted[0].tau)
+    assert all(check.passed for row in report.methods for check in row.lossless)
+    assert any("With 400 tokens before the answer in place of 256" in note for note in report.notes)
+    for plan in ((), ("--plan",)):
+        run = flags(files, tmp_path / "other", "--evaluate.contexts", "[9000]", *plan)
+        assert "evaluate.contexts has 9000, but the pair's context is" in refused(capsys, "evaluate", *run)
+
+
 def test_it_is_proven_lossless_and_the_controls_fail(files, tmp_path):
     small = ("--evaluate.answers", "800", "--evaluate.samplings", '[{"temperature": 1.0}]')
     main(["lossless", *flags(files, tmp_path / "run", *small)])
