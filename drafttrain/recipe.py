@@ -85,6 +85,9 @@ class BlockConfig:
     """a norm before the head, which starts as the target's; the published block has none"""
     warm_start: int | None = None
     """layer of the target that its weights start from (queries of the target's keys: from kv_layer); by default none"""
+    copying: bool = False
+    """fit its windowed attention and its queries to the target's own, by least squares on some of the training text, so
+    that it copies from its first step (models/longspec_copying.py); pays where a training is short"""
     zero_outputs: bool = False
     """start its three output projections at zero, so that the first step already sees the token's own prediction"""
     depth: int = at_least(1, 5)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from drafttrain.config import BlockConfig
 from drafttrain.errors import UserError
 from drafttrain.models.longspec import LongSpecConfig, LongSpecDrafter
-from drafttrain.models.shared_target import readable_layer
+from drafttrain.models.longspec_copying import check_copying
+from drafttrain.models.shared_target import decoder_layers, readable_layer
 
 _SHARED = (
     "vocab_size",
@@ -35,12 +36,12 @@ def block_config(target: PreTrainedModel, block: BlockConfig) -> LongSpecConfig:
         block: the recipe's wishes.
 
     Raises:
-        UserError: the target has no layer that can be read.
+        UserError: the target has no layer that can be read, or none to copy with as is wished.
     """
     config = target.config.get_text_config()
     kv_layer = readable_layer(config, block.kv_layer)
     shared = {name: getattr(config, name) for name in _SHARED if getattr(config, name, None) is not None}
-    attention = getattr(_layers(target)[kv_layer], "self_attn", None)
+    attention = getattr(decoder_layers(target)[kv_layer], "self_attn", None)
     shaped = LongSpecConfig(
         **shared,
         intermediate_size=block.intermediate_size or config.intermediate_size,
@@ -55,6 +56,8 @@ def block_config(target: PreTrainedModel, block: BlockConfig) -> LongSpecConfig:
     )
     norm = getattr(attention, "q_norm", None)
     shaped.qk_norm = norm is not None and norm.weight.shape == (shaped.head_dim,)
+    if block.copying:
+        check_copying(target, shaped)
     return shaped
 
 
@@ -86,7 +89,7 @@ def new_block(target: PreTrainedModel, block: BlockConfig, dtype: torch.dtype, s
 
 @torch.no_grad()
 def _start_from(model: LongSpecDrafter, target: PreTrainedModel, block: BlockConfig) -> None:
-    layers = _layers(target)
+    layers = decoder_layers(target)
     number = block.warm_start + len(layers) if block.warm_start < 0 else block.warm_start
     if not 0 <= number < len(layers):
         raise UserError(
@@ -139,9 +142,3 @@ def _scale(norm: nn.Module, size: int) -> Tensor:
     """What a norm multiplies by, however it stores that (Gemma: less one): its answer to ones."""
     weight = next(norm.parameters())
     return norm(torch.ones(1, size, dtype=weight.dtype, device=weight.device))[0]
-
-
-def _layers(target: PreTrainedModel) -> nn.ModuleList:
-    count = target.config.get_text_config().num_hidden_layers
-    children = target.get_decoder().children()
-    return next(child for child in children if isinstance(child, nn.ModuleList) and len(child) == count)

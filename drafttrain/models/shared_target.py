@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from drafttrain.errors import UserError
@@ -40,6 +40,13 @@ class RotaryOf:
     def __call__(self, states: Tensor, positions_BT: Tensor) -> Rotary:
         """Cosines and sines in the dtype of `states`."""
         return self._module.forward(states, positions_BT, **self._more)  # hooks of engines that split it stay out
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """A target's layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    children = model.get_decoder().children()
+    return next(child for child in children if isinstance(child, nn.ModuleList) and len(child) == count)
 
 
 def layer_kinds(config: Any) -> list[str]:

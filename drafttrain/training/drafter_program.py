@@ -19,6 +19,7 @@ from drafttrain.models.checkpoint import CheckpointInfo, license_of, read_info, 
 from drafttrain.models.drafters import build_drafter, inner
 from drafttrain.models.fingerprint import weights_hash
 from drafttrain.models.loading import Loaded, load_target, max_context
+from drafttrain.models.longspec_copying import rows_for, start_copying
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import check_arguments, training_arguments
@@ -97,6 +98,8 @@ def train_drafter(parsed: Parsed) -> None:
     arguments = drafter_arguments(parsed.recipe, folder)
     clear_unless_same(folder, inputs.key, arguments)
     checkpoint = last_checkpoint(folder, is_complete)
+    if checkpoint is None and parsed.recipe.drafter.kind == "longspec":
+        fit_queries(parsed.recipe, inputs)
     trainer = make_trainer(parsed.recipe, inputs, arguments, run.path, checkpoint, readings)
     store_states(trainer, inputs, folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -157,6 +160,14 @@ def read_inputs(parsed: Parsed) -> Inputs:
         responses=manifest,
         key=settings_key(recipe, manifest, target, drafter),
     )
+
+
+def fit_queries(recipe: Recipe, inputs: Inputs) -> None:
+    """Where the recipe wants it, start a new LongSpec drafter as one that copies."""
+    if recipe.drafter.block.copying and recipe.drafter.init_from is None:
+        rows = rows_for(inputs.train[number]["input_ids"] for number in range(len(inputs.train)))
+        explained = start_copying(inputs.drafter, inputs.target.model, rows)
+        say(f"the block's queries explain {explained:.0%} of the target's")
 
 
 def _placed(recipe: Recipe) -> TargetConfig:

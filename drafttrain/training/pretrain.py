@@ -34,6 +34,7 @@ from drafttrain.models.drafters import build_drafter, new_config
 from drafttrain.models.fingerprint import tokenizer_hash
 from drafttrain.models.loading import Loaded, load_causal_lm, load_target, load_tokenizer, max_context
 from drafttrain.models.longspec import LongSpecDrafter
+from drafttrain.models.longspec_copying import rows_for, start_copying
 from drafttrain.models.longspec_states import block_states, read_target
 from drafttrain.ops import causal_attention
 from drafttrain.recipe import PretrainConfig, Recipe, StageConfig
@@ -201,6 +202,7 @@ class Pair:
     drafter: LlamaForCausalLM | LongSpecDrafter
     target: Loaded
     placing: Placing | None = None
+    copying: bool = False
 
 
 def load_pair(recipe: Recipe) -> Pair:
@@ -218,7 +220,8 @@ def load_pair(recipe: Recipe) -> Pair:
     if block is not None:
         context = max_context(target.model)
         placing = Placing.of(recipe.training.positions, context, block.config.depth, recipe.pretrain.seed)
-        return Pair(block, target, placing)
+        copying = recipe.drafter.block.copying and recipe.drafter.init_from is None
+        return Pair(block, target, placing, copying)
     if drafter.config.vocab_size != target.model.config.vocab_size:
         raise UserError(
             f"the drafter has {drafter.config.vocab_size} output rows and the target {target.model.config.vocab_size}; "
@@ -304,6 +307,9 @@ def train(
         placing=placing,
     )
     checkpoint = last_checkpoint(run / "pretrain")
+    if checkpoint is None and pair is not None and pair.copying:
+        explained = start_copying(model, teacher, rows_for(row for block in blocks for row in block["input_ids"]))
+        print(f"the block's queries explain {explained:.0%} of the target's")
     _note_settings(run / "pretrain", settings, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if placing is None:

@@ -28,7 +28,7 @@ from tests.programs.test_train_drafter import (
     tool,
     weights,
 )
-from tests.training.drafting import make_run, write_recipe
+from tests.training.drafting import make_run, save_responses, save_target, write_recipe
 
 DRAFTER = {"kind": "longspec", "block": {"window": 8, "warm_start": 1, "depth": 3}}
 TRAINING = {"positions": {"kind": "multi_gap"}}
@@ -70,6 +70,19 @@ def test_stages_follow_each_other_by_init_from(made, alone, run, tmp_path):
     assert_close(weights(run), weights(alone), atol=0)
 
 
+def test_a_block_that_copies_begins_further_on(tmp_path, capsys):
+    target = save_target(tmp_path / "target", hidden=64)
+    first = []
+    for copying in (False, True):
+        run = tmp_path / f"run-{copying}"
+        save_responses(run / "responses", target, 25)
+        drafter = {"kind": "longspec", "block": {"window": 8, "warm_start": 1, "depth": 3, "copying": copying}}
+        main(["--config", str(write_recipe(tmp_path / "recipe.yaml", target, drafter, TRAINING)), "--run", str(run)])
+        first.append(curve(run)[0])
+        assert ("explain" in capsys.readouterr().out) == copying
+    assert first[0] != first[1]
+
+
 def test_the_plan_runs_nothing(made, run, capsys):
     main([*flags(made, run), "--plan"])
     out = capsys.readouterr().out
@@ -83,6 +96,7 @@ def test_the_plan_runs_nothing(made, run, capsys):
         ("--training.positions.served", "9000", "served is 9000, but the target has 512 positions"),
         ("--drafter.block.kv_layer", "5", "the target has layers 0 to 1"),
         ("--drafter.block.window", "0", "at least 1"),
+        ("--drafter.block.copying", "true", "4 rotary pairs cannot tell distances apart"),
         ("--drafter.block.windw", "4", "did you mean --drafter.block.window"),
         ("--training.positions.kind", "anchored", "anchor_offset"),
     ],

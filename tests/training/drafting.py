@@ -29,10 +29,10 @@ RECIPE = {
 }
 
 
-def save_target(folder: Path) -> Path:
+def save_target(folder: Path, **config) -> Path:
     """A random Llama of two layers with tokenizer."""
     tokenizer = build_tokenizer()
-    build_llama(len(tokenizer), layers=2, eos_token_id=5).save_pretrained(folder)
+    build_llama(len(tokenizer), layers=2, eos_token_id=5, **config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
