@@ -1,17 +1,20 @@
-"""Do short rows train long contexts? LongSpec drafters trained at one length, decoding at eight times that length.
+"""Do short rows train long contexts, and what else helps? Short trainings of LongSpec drafters, unlike in one thing.
 
-    python benchmarks/longspec_positions.py --seeds 2 --output results.json
+    python benchmarks/longspec_positions.py --seeds 2 --output results.json      half an hour on a core
     python benchmarks/longspec_positions.py --quick     a few steps, under a minute; its figures say nothing
 
-Trains new drafters of the reference target at equal compute: the same rows of the reference world's stream (echoes,
-recall, revise) in the same order, placed by each scheme of positions, and once without flash noisy
-training (depth 1). Then the same held-out prompts are continued twice, as they are and behind filler that makes them
-eight times as long as the rows of the training; the continuations that are counted are the target's, greedy.
+New drafters of the reference target, all with the same steps on the same rows of the reference world's stream: each
+scheme of positions, without flash noisy training (depth 1), with the stream's own tokens for labels in place of the
+target's distribution, reading another layer, and not started as a block that copies. Then held-out prompts are
+continued, as they are and behind filler that makes them eight times as long as the rows of the training; the same
+prompts for all, greedy.
 
 tau_ratio_plain, _anchor_offset, _multi_gap   tau behind filler / tau as they are; mean over seeds
-target_loss_delta      nats by which anchor-offset positions raise the target's own loss on the rows (share of 1)
-noisy_gain             tau of drafters trained at every lag / tau of those trained at the first alone, as they are
-tau_*                  tau as they are, by scheme
+tau_NAME, tau_longer_NAME   tokens a round as they are, and behind filler
+target_loss_delta      nats by which anchor-offset positions raise the target's own loss on the rows, weighted as in the
+                       training; _anchors_4 with the paper's four anchors, `target_loss_delta_TASK` by task
+noisy_gain             tau of multi_gap / tau of first_step, drafting DEPTH tokens
+gain_NAME              tau of multi_gap / tau of NAME, which differs from it in one thing
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ import argparse
 import itertools
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,89 +46,156 @@ from drafttrain.decoding.loop import Decoder  # noqa: E402
 from drafttrain.dialogue import end_tokens  # noqa: E402
 from drafttrain.models.loading import Loaded, load_target, max_context  # noqa: E402
 from drafttrain.models.longspec import LongSpecDrafter  # noqa: E402
+from drafttrain.models.longspec_copying import rows_for, start_copying  # noqa: E402
 from drafttrain.models.longspec_new import new_block  # noqa: E402
-from drafttrain.models.longspec_states import read_target  # noqa: E402
+from drafttrain.models.longspec_states import Reading, block_states, read_target  # noqa: E402
 from drafttrain.ops.sampling import Sampling  # noqa: E402
 from drafttrain.recipe import StageConfig  # noqa: E402
 from drafttrain.training.muon import MuonAdamW  # noqa: E402
-from drafttrain.training.positions import Placing  # noqa: E402
-from drafttrain.training.pretrain import longspec_loss, warmup_stable_decay  # noqa: E402
+from drafttrain.training.positions import Placing, seen_from  # noqa: E402
+from drafttrain.training.pretrain import label_loss, teacher_loss, warmup_stable_decay  # noqa: E402
 from drafttrain.training.pretrain_data import Blocks  # noqa: E402
 
 DEPTH = 5
-SCHEMES = {
-    "plain": ("plain", DEPTH),
-    "anchor_offset": ("anchor_offset", DEPTH),
-    "multi_gap": ("multi_gap", DEPTH),
-    "first_step": ("multi_gap", 1),
-}
-"""Positions and deepest lag of each training; the last one is multi_gap without flash noisy training."""
-
-MIXTURE = {"echo": 0.5, "recall": 0.2, "revise": 0.3}
+MIXTURE = {"code": 0.3, "recall": 0.3, "revise": 0.4}
 LONGER = 8
-MODULES = 12
+MODULES = 40
 HELD_OUT = 10**6
 """Blocks from here on are for measuring."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training.
+
+    Attributes:
+        kind: of positions.
+        depth: deepest lag; 1 is without flash noisy training.
+        labels: the stream's tokens are learnt, not the target's distribution.
+        layer: of the target, whose keys and values are read.
+        copying: starts as a block that copies.
+    """
+
+    kind: str = "multi_gap"
+    depth: int = DEPTH
+    labels: bool = False
+    layer: int = -1
+    copying: bool = True
+
+
+VARIANTS = {
+    "plain": Variant("plain"),
+    "anchor_offset": Variant("anchor_offset"),
+    "multi_gap": Variant(),
+    "first_step": Variant(depth=1),
+    "labels": Variant(labels=True),
+    "layer_before": Variant(layer=-2),
+    "not_copying": Variant(copying=False),
+}
 
 
 def main() -> None:
     """Train, decode, print."""
     options = _options()
     target = load_target(TargetConfig(path=str(ROOT / "checkpoints" / "reference-target"), dtype="bfloat16"))
-    blocks = stream(target, options)
+    blocks = stream(target, MIXTURE, options)
     rows = []
     for seed in range(options.seeds):
-        for name, (kind, depth) in SCHEMES.items():
-            placing = Placing.of(
-                PositionsConfig(kind=kind, served=options.served), max_context(target.model), depth, seed
-            )
-            block = train(target, blocks, placing, seed, options)
-            short, long = (tau(target, block, prompts_of(blocks, options, seed, filler)) for filler in (False, True))
-            rows.append({"scheme": name, "seed": seed, "tau": short, "tau_longer": long, "ratio": long / short})
+        for name, block in trained(target, blocks, seed, options):
+            short, long = (tau(target, block, prompts_of(blocks, options, filler)) for filler in (False, True))
+            rows.append({"variant": name, "seed": seed, "tau": short, "tau_longer": long, "ratio": long / short})
             print(rows[-1], flush=True)
-    finish("longspec_positions", figures(rows) | loss_delta(target, blocks, options), rows, options.output)
+            if options.save is not None and seed == 0:
+                block.save_pretrained(options.save / name)
+    finish("longspec_positions", figures(rows) | loss_deltas(target, options), rows, options.output)
 
 
-def stream(target: Loaded, options: argparse.Namespace) -> Blocks:
+def stream(target: Loaded, mixture: dict[str, float], options: argparse.Namespace) -> Blocks:
     """Rows of one length, blocks of `tokens`."""
-    stage = StageConfig(2 * HELD_OUT, options.tokens, {options.length: 1.0}, MIXTURE)
+    stage = StageConfig(2 * HELD_OUT, options.tokens, {options.length: 1.0}, mixture)
     text = "".join(itertools.islice((module.text for module in train_modules()), MODULES))  # where a task has no room
     code = np.array(target.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.uint16)
     return Blocks([stage], code, target.tokenizer, max_context(target.model))
 
 
-def train(target: Loaded, blocks: Blocks, placing: Placing, seed: int, options: argparse.Namespace) -> LongSpecDrafter:
-    """A drafter that has seen the first blocks of the stream (every seed others), in bfloat16."""
-    block = new_block(target.model, BlockConfig(warm_start=-1, depth=placing.depth), torch.float32, seed)
-    torch.nn.init.zeros_(block.self_attn.o_proj.weight)
-    optimizer = MuonAdamW(block.requires_grad_(True), options.learning_rate)
-    steps = options.steps
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * warmup_stable_decay(step, steps // 20, steps // 2, steps)
-        rows = blocks[seed * steps + step]
+Trained = list[tuple[str, LongSpecDrafter]]
+
+
+def trained(target: Loaded, blocks: Blocks, seed: int, options: argparse.Namespace) -> Trained:
+    """Every variant, in bfloat16; those of the same positions and layer learn side by side from one reading."""
+    found = []
+    placed = lambda name: (VARIANTS[name].kind, VARIANTS[name].layer)  # noqa: E731
+    for _, names in itertools.groupby(sorted(VARIANTS, key=placed), placed):
+        found += side_by_side(target, blocks, list(names), seed, options)
+    return found
+
+
+def side_by_side(
+    target: Loaded, blocks: Blocks, names: Sequence[str], seed: int, options: argparse.Namespace
+) -> Trained:
+    """Drafters that have seen the first rows of the stream, every seed others."""
+    first = seed * options.steps
+    learners = {name: Learner(target, VARIANTS[name], blocks, first, seed, options) for name in names}
+    own = next(iter(learners.values()))
+    for step in range(options.steps):
+        rows = blocks[first + step]
+        positions = own.placing.positions(*_shape(rows["input_ids"]), step)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = longspec_loss(block, rows["input_ids"], rows["weights"], placing, step, target.model)
+            reading = read_target(target.model, rows["input_ids"], None, own.block.config.kv_layer, positions)
+            for learner in learners.values():
+                learner.learn(reading, rows, step)
+    return [(name, learner.block.requires_grad_(False).bfloat16().eval()) for name, learner in learners.items()]
+
+
+class Learner:
+    """A drafter and its optimizer."""
+
+    def __init__(
+        self, target: Loaded, variant: Variant, blocks: Blocks, first: int, seed: int, options: argparse.Namespace
+    ) -> None:
+        self.head, self.variant, self.options = target.model.lm_head.weight, variant, options
+        positions = PositionsConfig(kind=variant.kind, anchors=options.anchors, served=options.served)
+        self.placing = Placing.of(positions, max_context(target.model), variant.depth, seed)
+        layer = variant.layer + target.model.config.num_hidden_layers
+        wishes = BlockConfig(warm_start=-1, kv_layer=layer, depth=variant.depth)
+        self.block = new_block(target.model, wishes, torch.float32, seed)
+        if variant.copying:
+            texts = (row for number in itertools.count(first) for row in blocks[number]["input_ids"].tolist())
+            start_copying(self.block, target.model, rows_for(itertools.islice(texts, options.fitted)))
+        else:
+            torch.nn.init.zeros_(self.block.self_attn.o_proj.weight)
+        self.optimizer = MuonAdamW(self.block.requires_grad_(True), options.learning_rate)
+
+    def learn(self, reading: Reading, rows: dict[str, Tensor], step: int) -> None:
+        """A step."""
+        steps = self.options.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * warmup_stable_decay(step, steps // 20, steps // 2, steps)
+        ids_BT = rows["input_ids"]
+        lags_B = self.placing.lags(torch.arange(len(ids_BT)), step)
+        states = block_states(self.block, reading, lags_B)[:, :-1].flatten(0, 1)
+        weights = seen_from(rows["weights"][:, 1:], lags_B).flatten()
+        if self.variant.labels:
+            loss = label_loss(self.head, states, weights, ids_BT[:, 1:].flatten())
+        else:
+            taught = reading.hidden_BTH[:, :-1].flatten(0, 1)
+            loss = teacher_loss(self.head, states, weights, self.head, taught)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return block.requires_grad_(False).bfloat16().eval()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def prompts_of(blocks: Blocks, options: argparse.Namespace, seed: int, filler: bool) -> list[list[int]]:
+def prompts_of(blocks: Blocks, options: argparse.Namespace, filler: bool) -> list[list[int]]:
     """Beginnings of held-out rows; behind filler, rows of another part of the stream stand before them."""
     found = []
     for number in range(options.prompts):
-        ids = blocks[HELD_OUT + seed * options.prompts + number]["input_ids"]
-        text = ids[0, : options.length * 3 // 4].tolist()
+        text = blocks[HELD_OUT + number]["input_ids"][0, : options.length * 3 // 4].tolist()
         before: list[int] = []
         if filler:
             wanted = (LONGER - 1) * options.length
-            more = [
-                blocks[HELD_OUT + 50_000 + 100 * number + at]["input_ids"].flatten()
-                for at in range(wanted // options.tokens + 1)
-            ]
-            before = torch.cat(more)[:wanted].tolist()
+            places = range(HELD_OUT + 50_000 + 100 * number, HELD_OUT + 50_000 + 100 * (number + 1))
+            more = (token for place in places for token in blocks[place]["input_ids"].flatten().tolist())
+            before = list(itertools.islice(more, wanted))
         found.append(before + text)
     return found
 
@@ -132,39 +205,58 @@ def tau(target: Loaded, block: LongSpecDrafter, prompts: list[list[int]]) -> flo
     vocabulary = 1 + max(target.tokenizer.get_vocab().values())
     ends = end_tokens(target.tokenizer, target.model.generation_config)
     decoder = Decoder(Engine(target.model, vocabulary), LongSpec(block, length=DEPTH), Sampling(0.0), ends)
-    counts = sum((decoder.generate([prompt], 32)[0].counts for prompt in prompts), Counts())
+    counts = sum((done.counts for done in decoder.generate(prompts, 32)), Counts())
     return counts.tau
 
 
 @torch.no_grad()
-def loss_delta(target: Loaded, blocks: Blocks, options: argparse.Namespace) -> dict[str, float]:
+def loss_deltas(target: Loaded, options: argparse.Namespace) -> dict[str, float]:
     """The target's loss on held-out rows under anchor-offset positions less that under plain ones."""
-    placing = Placing.of(PositionsConfig(served=options.served), max_context(target.model), 1, 0)
+    found: dict[str, float] = {}
+    mixed = [_loss_delta(target, stream(target, MIXTURE, options), options, count) for count in (options.anchors, 4)]
+    found |= interval("target_loss_delta", mixed[0]) | {"target_loss_delta_anchors_4": statistics.mean(mixed[1])}
+    for task in MIXTURE:
+        deltas = _loss_delta(target, stream(target, {task: 1.0}, options), options, options.anchors)
+        found[f"target_loss_delta_{task}"] = statistics.mean(deltas)
+    return found
+
+
+def _loss_delta(target: Loaded, blocks: Blocks, options: argparse.Namespace, anchors: int) -> list[float]:
+    """Of every block."""
+    placing = Placing.of(PositionsConfig(served=options.served, anchors=anchors), max_context(target.model), 1, 0)
     deltas = []
-    for number in range(options.prompts):
+    for number in range(options.prompts // 2):
         block = blocks[HELD_OUT + 90_000 + number]
         ids, weights = block["input_ids"], block["weights"][:, 1:]
-        rows = torch.arange(len(ids))
-        moved = placing.positions(torch.full_like(rows, ids.shape[1]), ids.shape[1], rows, number)
         losses = []
-        for positions in (None, moved):
+        for positions in (None, placing.positions(*_shape(ids), number)):
             hidden = read_target(target.model, ids, None, 0, positions).hidden_BTH[:, :-1]
             logits = target.model.lm_head(hidden).float().flatten(0, 1)
             each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
             losses.append(float((each * weights.flatten()).sum() / weights.sum()))
         deltas.append(losses[1] - losses[0])
-    return interval("target_loss_delta", deltas)
+    return deltas
+
+
+def _shape(ids_BT: Tensor) -> tuple[Tensor, int, Tensor]:
+    """What positions are drawn for: lengths, width, sample ids."""
+    rows = torch.arange(len(ids_BT))
+    return torch.full_like(rows, ids_BT.shape[1]), ids_BT.shape[1], rows
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Means over seeds, with the least and greatest."""
-    by_scheme = {name: [row for row in rows if row["scheme"] == name] for name in SCHEMES}
+    own = {name: [row for row in rows if row["variant"] == name] for name in VARIANTS}
     found: dict[str, float] = {}
-    for name in ("plain", "anchor_offset", "multi_gap"):
-        found |= interval(f"tau_ratio_{name}", [row["ratio"] for row in by_scheme[name]])
-        found |= interval(f"tau_{name}", [row["tau"] for row in by_scheme[name]])
-    pairs = zip(by_scheme["multi_gap"], by_scheme["first_step"], strict=True)
-    return found | interval("noisy_gain", [all_lags["tau"] / first["tau"] for all_lags, first in pairs])
+    for name, trainings in own.items():
+        found |= interval(f"tau_{name}", [row["tau"] for row in trainings])
+        found |= interval(f"tau_longer_{name}", [row["tau_longer"] for row in trainings])
+        found |= interval(f"tau_ratio_{name}", [row["ratio"] for row in trainings])
+        if VARIANTS[name].kind == "multi_gap" and name != "multi_gap":
+            pairs = zip(own["multi_gap"], trainings, strict=True)
+            gain = "noisy_gain" if name == "first_step" else f"gain_{name}"
+            found |= interval(gain, [row["tau"] / other["tau"] for row, other in pairs])
+    return found
 
 
 def interval(name: str, values: list[float]) -> dict[str, float]:
@@ -174,18 +266,22 @@ def interval(name: str, values: list[float]) -> dict[str, float]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800, help="of every training")
+    parser.add_argument("--steps", type=int, default=150, help="of every training")
     parser.add_argument("--tokens", type=int, default=4096, help="of a step")
     parser.add_argument("--length", type=int, default=512, help="of a row of the training, in tokens")
     parser.add_argument("--served", type=int, default=8192, help="positions that rows are moved over")
-    parser.add_argument("--learning-rate", type=float, default=0.003, help="at its peak")
+    parser.add_argument("--anchors", type=int, default=1, help="tokens that keep their places")
+    parser.add_argument("--learning-rate", type=float, default=0.002, help="at its peak")
     parser.add_argument("--prompts", type=int, default=24, help="continued at each length")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of each scheme")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each variant")
+    parser.add_argument("--save", type=Path, help="keep the first seed's drafters here, for longspec_loss.py")
     parser.add_argument("--quick", action="store_true", help="a few steps of short rows")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     options = parser.parse_args()
+    options.fitted = None
     if options.quick:
-        options.steps, options.tokens, options.length, options.prompts, options.seeds = 6, 512, 128, 2, 1
+        options.steps, options.tokens, options.length, options.prompts, options.seeds = 2, 512, 128, 2, 1
+        options.fitted = 8
     return options
 
 

@@ -64,10 +64,10 @@ def weighted_loss(
     states = model.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
     weights = weights[:, 1:].flatten()
     if teacher is None:
-        return _label_loss(model.lm_head.weight, states, weights, input_ids[:, 1:].flatten())
+        return label_loss(model.lm_head.weight, states, weights, input_ids[:, 1:].flatten())
     with torch.no_grad():
         taught = teacher.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
-    return _teacher_loss(model.lm_head.weight, states, weights, teacher.lm_head.weight, taught)
+    return teacher_loss(model.lm_head.weight, states, weights, teacher.lm_head.weight, taught)
 
 
 def longspec_loss(
@@ -81,18 +81,20 @@ def longspec_loss(
     states = block_states(block, reading, lags)[:, :-1].flatten(0, 1)
     weights = seen_from(weights[:, 1:], lags).flatten()
     head = teacher.lm_head.weight
-    return _teacher_loss(head, states, weights, head, reading.hidden_BTH[:, :-1].flatten(0, 1))
+    return teacher_loss(head, states, weights, head, reading.hidden_BTH[:, :-1].flatten(0, 1))
 
 
 @torch.compile(dynamic=False)
-def _label_loss(head: Tensor, states: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
+def label_loss(head: Tensor, states: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of states [N, H] under a head [V, H]."""
     logits = nn.functional.linear(states, head)
     losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
 @torch.compile(dynamic=False)
-def _teacher_loss(head: Tensor, states: Tensor, weights: Tensor, teacher_head: Tensor, taught: Tensor) -> Tensor:
+def teacher_loss(head: Tensor, states: Tensor, weights: Tensor, teacher_head: Tensor, taught: Tensor) -> Tensor:
+    """Weighted mean KL(teacher || model) of states [N, H], both under their heads [V, H]."""
     log_q = nn.functional.linear(states, head).float().log_softmax(-1)
     log_p = nn.functional.linear(taught, teacher_head).float().log_softmax(-1)
     return ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum() / weights.sum()
