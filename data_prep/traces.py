@@ -202,6 +202,7 @@ def step_summary(run: RunFolder) -> str:
 def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPair:
     """Models and heads of the recipe, checked against each other and against the responses."""
     from drafttrain.dialogue import end_tokens
+    from drafttrain.evaluation.pair import check_made_for
     from drafttrain.models.fingerprint import Fingerprint
     from drafttrain.models.loading import (
         check_same_tokenizer,
@@ -220,6 +221,8 @@ def _load(parsed: Parsed, run: RunFolder, recorded: dict[str, Any]) -> TracedPai
     # in the target's dtype, as both are served: a trained drafter is stored in that of its training
     drafter = load_drafter(path, recipe.target.dtype, recipe.target.trust_remote_code)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, path)
+    if is_longspec(path):  # another target's keys mean nothing to it
+        check_made_for(path, target, parsed.accept_new_target)
     answered_by = Fingerprint.from_dict(recorded["fingerprints"]["target"])
     what = f"the responses in {run.responses} were written by one target"
     answered_by.require(target.fingerprint, what, parsed.accept_new_target, "make the responses again")

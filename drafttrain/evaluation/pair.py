@@ -210,7 +210,7 @@ def load_models(parsed: Parsed) -> Models:
         drafter = load_drafter(path, dtype, recipe.target.trust_remote_code)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, path)
     if not recipe.evaluate.random_weights:
-        _check_made_for(path, target, parsed.accept_new_target)
+        check_made_for(path, target, parsed.accept_new_target)
     checks = {"target": target.fingerprint, "drafter": drafter.fingerprint}
     checks |= {"accept_new_target": parsed.accept_new_target, "device": drafter.model.device}
     heads = {name: AcceptanceHead.load(run.path / name, **checks) for name in head_names(run)}
@@ -269,7 +269,12 @@ def speed_dtype(recipe: Recipe) -> str:
     return fast_dtype(default_device())
 
 
-def _check_made_for(path: str, target: Loaded, accept_new_target: bool) -> None:
+def check_made_for(path: str, target: Loaded, accept_new_target: bool) -> None:
+    """Refuse a drafter that says it was distilled for another target.
+
+    Raises:
+        UserError: says which part differs.
+    """
     if not (Path(path) / INFO).exists():
         return
     made_for = read_info(path).target

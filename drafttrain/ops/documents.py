@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
 
+from drafttrain.errors import UserError
 from drafttrain.ops.attention import SEE_ALL, Attend, attending_by, folded_attention, layer_windows, stand_in
 
 
@@ -33,7 +34,7 @@ def documents_apart(
         device: of the row.
 
     Raises:
-        UserError: the model has layers of another kind than full or sliding-window attention.
+        UserError: the model has layers of another kind than full or sliding-window attention, or attention sinks.
     """
     kinds = layer_windows(config)
     mask = stand_in(SEE_ALL, device)
@@ -57,7 +58,9 @@ def document_attention(lengths: Sequence[int]) -> Attend:
         **kwargs: object,
     ) -> tuple[Tensor, None]:
         if kwargs.get("s_aux") is not None:
-            raise ValueError("attention of packed documents does not implement attention sinks")
+            raise UserError(
+                "rows of a target with attention sinks cannot be laid end to end; set training.packing false."
+            )
         parts = zip(*(states.split(lengths, 2) for states in (query, key, value)), strict=True)
         found = [_causal(module, *part, scaling, softcap, sliding_window) for part in parts]
         return torch.cat(found, 1), None

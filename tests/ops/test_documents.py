@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drafttrain.errors import UserError
 from drafttrain.models.longspec_states import read_target
 from drafttrain.ops.documents import document_attention
 from tests.models.test_longspec import family, states
@@ -55,5 +56,5 @@ def test_attention_of_documents_is_that_of_a_block_diagonal_mask(lengths, window
 
 def test_attention_sinks_are_refused():
     q = states(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="sinks"):
+    with pytest.raises(UserError, match="attention sinks"):
         document_attention([3])(torch.nn.Module(), q, q, q, None, s_aux=torch.zeros(2))

@@ -110,6 +110,21 @@ def test_mistakes_end_in_one_sentence(made, run, capsys, flag, value, sentence, 
     assert not (run / "drafter").exists()
 
 
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["run", "plan"])
+def test_a_target_that_sees_a_window_only_is_refused(made, run, tmp_path, capsys, plan):
+    settings = json.loads((made / "target" / "config.json").read_text())
+    folder = Path(shutil.copytree(made / "target", tmp_path / "target"))
+    changed = settings | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps(changed))
+    shutil.rmtree(run / "responses")
+    save_responses(run / "responses", folder)
+    with pytest.raises(SystemExit) as stop:
+        main([*flags(made, run), "--target.path", str(folder), *plan])
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "no layer of this mistral target is full attention" in told
+    assert not (run / "drafter").exists()
+
+
 def test_another_block_is_no_continuation(made, alone, run, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*flags(made, run), "--drafter.init_from", str(alone / "drafter"), "--drafter.block.window", "9"])

@@ -12,6 +12,7 @@ from drafttrain.cli import main
 from drafttrain.evaluation.schema import read_report
 from drafttrain.models.acceptance_head import load_config
 from drafttrain.records import read_manifest, read_records
+from tests.conftest import build_llama, build_tokenizer
 from tests.programs.test_evaluate import flags
 from tests.programs.test_evaluate_longspec import files  # noqa: F401
 
@@ -91,6 +92,15 @@ def test_heads_that_cannot_be_are_refused(files, traced, capsys, more, sentence)
         train_head.main([*pair(files, traced), "--head.folder", "other", *more])
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
     assert not (traced / "other").exists()
+
+
+def test_a_drafter_of_another_target_is_not_traced(files, traced, tmp_path, capsys):  # noqa: F811
+    other = tmp_path / "other"
+    build_llama(layers=1, seed=5).save_pretrained(other)
+    build_tokenizer().save_pretrained(other)
+    with pytest.raises(SystemExit) as stop:
+        traces.main([*pair(files, traced), "--target.path", str(other), "--traces.top_k", "4"])
+    assert stop.value.code == 2 and "was distilled for one target" in capsys.readouterr().err
 
 
 def test_scores_are_for_replays_alone_and_traces_come_first(files, traced, tmp_path, capsys):  # noqa: F811

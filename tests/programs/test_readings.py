@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 from data_prep.readings import main as read
 from drafttrain.train_drafter import main as train
 from tests.programs.test_longspec import DRAFTER, TRAINING
-from tests.programs.test_train_drafter import LAUNCHERS, ROOT, assert_close, curve, flags, launch, weights
+from tests.programs.test_train_drafter import LAUNCHERS, ROOT, assert_close, curve, flags, launch, tool, weights
 from tests.training.drafting import make_run
 
 PROGRAM = ROOT / "data_prep" / "readings.py"
@@ -112,6 +113,26 @@ def test_two_processes_make_and_read_the_same(made, read_once, run, tmp_path, la
     program = str(ROOT / "drafttrain" / "train_drafter.py")
     more = flags(made, run, per_device_train_batch_size=2)
     launch(*LAUNCHERS[launcher], program, *more, *STORED, cwd=tmp_path)
+    assert curve(run) == pytest.approx(curve(alone), abs=1e-5)
+    assert_close(weights(run), weights(alone), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("measured", [0, 2])
+def test_zero3_reads_them_too(made, read_once, run, tmp_path, measured):
+    """Split embeddings and heads; with layers that decode, and without any."""
+    pytest.importorskip("deepspeed")
+    settings = json.loads((ROOT / "recipes" / "deepspeed" / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(settings))
+    alone = Path(shutil.copytree(read_once, tmp_path / "alone"))
+    more = ["--training.tau_evaluations", str(measured), *STORED]
+    train([*flags(made, alone), *more])
+    shutil.copytree(read_once / "readings", run / "readings")
+    command = [tool("deepspeed"), "--num_accelerators", "2", "--master_port", "29681"]
+    own = flags(made, run, per_device_train_batch_size=2, deepspeed=path)
+    launch(*command, str(ROOT / "drafttrain" / "train_drafter.py"), *own, *more, cwd=tmp_path)
     assert curve(run) == pytest.approx(curve(alone), abs=1e-5)
     assert_close(weights(run), weights(alone), atol=1e-5)
 

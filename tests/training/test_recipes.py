@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from drafttrain.config import parse
+from drafttrain.decoding.expression import parse_method, resolved
 from drafttrain.models.checkpoint import read_info
 from drafttrain.train_drafter import main
 from drafttrain.training.drafter_plan import cache_values
@@ -115,6 +116,14 @@ def test_the_caches_of_the_24gb_recipe_take_what_it_says():
     target, drafter = (Qwen3Config(**shared, num_hidden_layers=layers) for layers in (36, 28))
     assert 2 * (cache_values(target) + cache_values(drafter)) == 2**18  # bfloat16: 0.25 MiB a token
     assert "0.25 MiB a token of both models" in (RECIPES / "qwen3-8b-0.6b-24gb.yaml").read_text(encoding="utf-8")
+
+
+def test_the_head_of_the_reference_longspec_drafter_is_one_that_its_traces_can_train():
+    recipe = parse("", [], ["--config", str(RECIPES / "reference/longspec_head.yaml"), "--run", "r"]).recipe
+    assert recipe.drafter.path.endswith("checkpoints/reference-longspec") and recipe.head.state == "producing"
+    assert recipe.head.data in ("exact", "expected")
+    for method in recipe.evaluate.methods:
+        assert resolved(parse_method(method), allow_code=False).members <= {"drafter", "head"}
 
 
 def test_the_reference_pairs_share_their_responses():
