@@ -1,12 +1,13 @@
 """The cascade that `drafttrain tune` finds, beside the best single drafter and the best copy with a drafter.
 
     python benchmarks/cascade.py --output benchmarks/results/cascade.json
-    python benchmarks/cascade.py --quick     few questions, under a minute
+    python benchmarks/cascade.py --quick     few questions, greedy, under a minute
 
 All methods are tuned by one search on questions of their own (drafttrain/evaluation/tune.py: counted by the cost model,
-the best few run) and measured on others, interleaved, greedy, on *revise*, its second turn, *self-correct*, *recall*
-and *facts*. `gain_over_best_speculation` and `gain_over_copy_and_drafter` are ratios of tokens per second, less one, of
-the best method with a review or a horizontal cascade in it; `tuned_gain_over_best_speculation` and `tuned_worst_task`
+the best few run) and measured on others, interleaved, on *revise*, its second turn, *self-correct*, *recall* and
+*facts*; greedy, and again at T = 1, where names end in `_sampled`. `gain_over_best_speculation`, `gain_over_specdecpp`
+(checkpoints/reference-head) and `gain_over_copy_and_drafter` are ratios of tokens per second, less one, of the best
+method with a review or a horizontal cascade in it; `tuned_gain_over_best_speculation` and `tuned_worst_task`
 are of the method that the search chose, whatever it is: the simplest that cannot be told from the fastest.
 `prediction_error` is the median of |predicted / measured - 1| of the methods that the search ran, `_max` the largest.
 SWI, the standardized walltime improvement, charges every forward with its model's parameters (`swi_gain`) or measured
@@ -21,19 +22,21 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import redundant as world  # noqa: E402
-from benchmarks.common import finish  # noqa: E402
-from benchmarks.pair import GREEDY, reference_models  # noqa: E402
+from benchmarks.pair import reference_models  # noqa: E402
 from data_prep.corpus import held_out_modules, train_modules  # noqa: E402
 from drafttrain.decoding.copy_index import CopyIndex  # noqa: E402
 from drafttrain.decoding.suffixes import Suffixes  # noqa: E402
 from drafttrain.evaluation.pair import Models  # noqa: E402
 from drafttrain.evaluation.tune import Tuned, Tuner  # noqa: E402
+from drafttrain.ops.sampling import Sampling  # noqa: E402
 
 BASE = "Autoregressive()"
 OTHERS = {"recall": 512, "facts": 512}
@@ -43,50 +46,55 @@ CONTEXT = 32768
 def main() -> None:
     """Search, measure and print the figures."""
     options = world.options(__doc__, 16)
-    models = reference_models()
+    models = reference_models(head=True)
     parts = world.redundant(models, options.questions, options.tuning)
     others = world.plain(models, OTHERS, options.questions, options.tuning)
-    found = Tuner(models, GREEDY, [*parts.tune, *others.tune], repeats=options.repeats).run()
-    speculation, both, cascade = (each.method for each in (found.best_speculation, found.best_pair, found.best_cascade))
-    methods = list(dict.fromkeys([BASE, speculation, both, cascade, found.chosen.method]))
-    runs = world.run(models, methods, [*parts.test, *others.test], GREEDY, options.repeats)
-    figures: dict[str, float] = {}
-    named = {
-        "gain_over_best_speculation": (cascade, speculation),
-        "gain_over_copy_and_drafter": (cascade, both),
-        "tuned_gain_over_best_speculation": (found.chosen.method, speculation),
-        "speedup": (found.chosen.method, BASE),
-    }
-    for name, (method, base) in named.items():
-        ratio, less = world.ratio(runs, method, base), 0 if base == BASE else 1
-        figures |= {name: ratio.value - less, f"{name}_low": ratio.low - less, f"{name}_high": ratio.high - less}
-    tasks = list(dict.fromkeys(each.question.task for each in runs[BASE]))
-    figures["worst_task"] = min(world.ratio(runs, cascade, speculation, task).value - 1 for task in tasks)
-    figures["tuned_worst_task"] = min(
-        world.ratio(runs, found.chosen.method, speculation, task).value - 1 for task in tasks
-    )
-    figures |= _swi(models, found, runs, cascade, speculation)
-    errors = [abs(each.error) for each in found.confirmed]
-    figures |= {"prediction_error": statistics.median(errors), "prediction_error_max": max(errors)}
-    figures["prediction_error_chosen"] = abs(found.chosen.error)
-    figures |= index_microseconds(models, 8192 if options.quick else CONTEXT)
-    tried = [vars(each) for each in [*found.confirmed, *found.tried[:30]]]
-    costs = {
-        "target": found.costs.target,
-        "models": found.costs.models,
-        "round": found.costs.round,
-        "judge": found.costs.judge,
-        "host": found.costs.host,
-    }
+    split = world.Split([*parts.tune, *others.tune], [*parts.test, *others.test])
+    figures: dict[str, float] = index_microseconds(models, 8192 if options.quick else CONTEXT)
+    rows: dict[str, Any] = {}
+    for temperature in options.temperatures[:1] if options.quick else options.temperatures:
+        found = Tuner(models, Sampling(temperature), split.tune, repeats=options.repeats).run()
+        more, kept = _measured(models, found, split, Sampling(temperature), options.repeats)
+        figures |= more
+        rows |= kept
+    world.finish_part("cascade", figures, rows, options)
+
+
+def _measured(
+    models: Models, found: Tuned, split: world.Split, sampling: Sampling, repeats: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and rows of what a search found, on questions that it has not seen."""
+    end = world.suffix_of(not sampling.greedy)
     chosen = {
         "chosen": found.chosen.method,
         "fastest": found.fastest.method,
-        "speculation": speculation,
-        "both": both,
-        "cascade": cascade,
+        "speculation": found.best_speculation.method,
+        "specdecpp": next(each.method for each in found.tried if "AcceptanceHead(" in each.method),
+        "both": found.best_pair.method,
+        "cascade": found.best_cascade.method,
     }
-    kept = {**chosen, "dropped": found.dropped, "tried": tried, "costs": costs, "runs": world.rows(runs, BASE)}
-    finish("cascade", figures, kept, options.output)
+    runs = world.run(models, list(dict.fromkeys([BASE, *chosen.values()])), split.test, sampling, repeats)
+    named = {
+        "gain_over_best_speculation": ("cascade", "speculation"),
+        "gain_over_specdecpp": ("cascade", "specdecpp"),
+        "gain_over_copy_and_drafter": ("cascade", "both"),
+        "tuned_gain_over_best_speculation": ("chosen", "speculation"),
+    }
+    ratios = {name: (chosen[one], chosen[other], (), 1) for name, (one, other) in named.items()}
+    figures = world.ratios(runs, ratios | {"speedup": (chosen["chosen"], BASE, (), 0)}, end)
+    tasks = list(dict.fromkeys(each.question.task for each in runs[BASE]))
+    for name, method in (("worst_task", chosen["cascade"]), ("tuned_worst_task", chosen["chosen"])):
+        by_task = world.ratios(runs, {task: (method, chosen["speculation"], (task,), 1) for task in tasks})
+        figures[name + end] = min(by_task[task] for task in tasks if task in by_task)
+    errors = [abs(each.error) for each in found.confirmed]
+    more = _swi(models, found, runs, chosen["cascade"], chosen["speculation"])
+    more |= {"prediction_error": statistics.median(errors), "prediction_error_max": max(errors)}
+    more["prediction_error_chosen"] = abs(found.chosen.error)
+    figures |= {f"{name}{end}": value for name, value in more.items()}
+    tried = [asdict(each) for each in {each.method: each for each in [*found.confirmed, *found.tried[:30]]}.values()]
+    kept = {"chosen": chosen, "dropped": found.dropped, "tried": tried, "costs": asdict(found.costs)}
+    kept["runs"] = world.rows(runs, BASE)
+    return figures, {f"{name}{end}": value for name, value in kept.items()}
 
 
 def _swi(models: Models, found: Tuned, runs: world.Runs, cascade: str, speculation: str) -> dict[str, float]:

@@ -21,8 +21,15 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from drafttrain.evaluation.plots import STYLE, pyplot  # noqa: E402
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#767676")
-SHOWN = {"speculation": "tuned drafter", "copy": "tuned copying", "both": "copying before the drafter"}
+COLOURS = ("#0072B2", "#CC79A7", "#D55E00", "#009E73", "#767676")
+SHOWN = {
+    "speculation": "tuned drafter",
+    "specdecpp": "SpecDec++",
+    "copy": "tuned copying",
+    "both": "copying before the drafter",
+}
+TEMPERATURES = {"greedy": "", "sampled": "_sampled"}
+"""Of the results: where rows of the runs stand, and what the names of what was chosen for them end in."""
 
 Row = dict[str, Any]
 
@@ -35,18 +42,22 @@ def main() -> None:
 
 
 def draw(rows: dict[str, Any], path: Path) -> None:
-    """Three panels.
+    """Three panels for each temperature that was measured.
 
     Args:
-        rows: of the results: `tuning`, `greedy`, `chosen`.
+        rows: of the results: `chosen`, `tuning` and `greedy`; `chosen_sampled`, `tuning_sampled` and `sampled`.
         path: of the picture.
     """
-    tasks = list(rows["chosen"])
+    measured = {name: end for name, end in TEMPERATURES.items() if f"chosen{end}" in rows}
     with pyplot.rc_context(STYLE):
-        figure, panels = pyplot.subplots(1, 3, figsize=(13, 3.8))
-        _sweep(panels[0], rows["tuning"], tasks)
-        _by_turn(panels[1], rows["greedy"], rows["chosen"])
-        _members(panels[2], rows["greedy"], rows["chosen"])
+        figure, grid = pyplot.subplots(len(measured), 3, figsize=(13, 3.9 * len(measured)), squeeze=False)
+        for panels, (name, end) in zip(grid, measured.items(), strict=True):
+            chosen = rows[f"chosen{end}"]
+            _sweep(panels[0], rows[f"tuning{end}"], list(chosen))
+            _by_turn(panels[1], rows[name], chosen)
+            _members(panels[2], rows[name], chosen)
+            for panel in panels:
+                panel.set_title(f"{panel.get_title()}, {name}")
         figure.savefig(path)
         pyplot.close(figure)
 
@@ -68,24 +79,28 @@ def _sweep(axes: Axes, rows: list[Row], tasks: list[str]) -> None:
 
 def _by_turn(axes: Axes, rows: list[Row], chosen: dict[str, dict[str, str]]) -> None:
     """What was tuned for each task, with intervals."""
-    for place, (kind, label) in enumerate(SHOWN.items()):
-        found = [_row(rows, methods[kind], task)["speedup"] for task, methods in chosen.items()]
-        at = [number + 0.26 * (place - 1) for number in range(len(found))]
-        values = [each["value"] for each in found]
-        below = [each["value"] - each["low"] for each in found]
-        above = [each["high"] - each["value"] for each in found]
-        axes.bar(at, values, 0.24, yerr=[below, above], color=COLOURS[place], label=label, error_kw={"lw": 1})
+    shown = {kind: label for kind, label in SHOWN.items() if all(kind in methods for methods in chosen.values())}
+    step = 0.8 / len(shown)
+    for place, (kind, label) in enumerate(shown.items()):
+        rated = {number: _row(rows, methods[kind], task) for number, (task, methods) in enumerate(chosen.items())}
+        found = {number: row["speedup"] for number, row in rated.items() if row}
+        at = [number + step * (place - (len(shown) - 1) / 2) for number in found]
+        values = [each["value"] for each in found.values()]
+        below = [each["value"] - each["low"] for each in found.values()]
+        above = [each["high"] - each["value"] for each in found.values()]
+        axes.bar(at, values, 0.92 * step, yerr=[below, above], color=COLOURS[place], label=label, error_kw={"lw": 1})
     axes.set_xticks(range(len(chosen)), list(chosen))
     axes.set(title="Speed-up by turn, right answers", ylabel="over no drafter")
     axes.tick_params(axis="x", labelsize=8)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, fontsize=7, columnspacing=1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, fontsize=7, columnspacing=1)
 
 
 def _members(axes: Axes, rows: list[Row], chosen: dict[str, dict[str, str]]) -> None:
     """Shares of tokens by who wrote them, copying before the drafter."""
-    shares = {task: _row(rows, methods["both"], task)["by_source"] for task, methods in chosen.items()}
+    written = {task: _row(rows, methods["both"], task) for task, methods in chosen.items()}
+    shares = {task: row["by_source"] for task, row in written.items() if row}
     below = [0.0] * len(shares)
-    for who, colour in zip(("copy", "drafter", "target"), (*COLOURS[:2], COLOURS[-1]), strict=True):
+    for who, colour in zip(("copy", "drafter", "target"), (COLOURS[2], COLOURS[0], COLOURS[-1]), strict=True):
         values = [each.get(who, 0.0) for each in shares.values()]
         axes.bar(range(len(values)), values, 0.5, bottom=below, color=colour, label=who)
         below = [one + two for one, two in zip(below, values, strict=True)]
@@ -95,8 +110,9 @@ def _members(axes: Axes, rows: list[Row], chosen: dict[str, dict[str, str]]) -> 
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
 
 
-def _row(rows: list[Row], method: str, task: str) -> Row:
-    return next(row for row in rows if (row["method"], row["task"]) == (method, task))
+def _row(rows: list[Row], method: str, task: str) -> Row | None:
+    """None where no answer of the task counts, as may be of sampled ones."""
+    return next((row for row in rows if (row["method"], row["task"]) == (method, task)), None)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from drafttrain.evaluation.pair import Models
 from drafttrain.evaluation.questions import Limits, Question, choose, questions_of
 from drafttrain.evaluation.runner import answer
 from drafttrain.evaluation.schema import AUTOREGRESSIVE
+from drafttrain.models.acceptance_head import AcceptanceHead
 from drafttrain.models.loading import load_drafter, load_target
 from drafttrain.ops.sampling import Sampling
 
@@ -30,12 +31,18 @@ LONGEST = 512
 _BATCH = 16
 
 
-def reference_models() -> Models:
-    """The committed pair as it is stored, in bfloat16; its engines come in any dtype."""
+def reference_models(head: bool = False) -> Models:
+    """The committed pair as it is stored, in bfloat16; its engines come in any dtype.
+
+    Args:
+        head: with its acceptance head, SpecDec++ in the published form, which methods call "head".
+    """
     target = load_target(TargetConfig(path=str(CHECKPOINTS / "reference-target"), dtype="bfloat16"))
     drafter = load_drafter(str(CHECKPOINTS / "reference-drafter"), "bfloat16")
     ends = end_tokens(target.tokenizer, target.model.generation_config)
-    return Models(target, drafter, {}, ends, "bfloat16")
+    pair = {"target": target.fingerprint, "drafter": drafter.fingerprint}
+    heads = {"head": AcceptanceHead.load(CHECKPOINTS / "reference-head", **pair)} if head else {}
+    return Models(target, drafter, heads, ends, "bfloat16")
 
 
 def held_out_questions(

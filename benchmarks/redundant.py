@@ -15,9 +15,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks.common import finish
 from benchmarks.pair import held_out_questions
 from data_prep.prompts import prompts_of
 from drafttrain.config import PromptsConfig
@@ -61,8 +63,9 @@ def redundant(models: Models, wanted: int, tuning: int) -> Split:
     tune, test = [], []
     for task in REDUNDANT:
         right: list[Question] = []
-        for start in range(0, 40 * (wanted + tuning), 4 * _BATCH):
-            made = _questions(models, task, range(start, start + 4 * _BATCH))
+        at_once = min(4, wanted + tuning) * _BATCH
+        for start in range(0, 40 * (wanted + tuning), at_once):
+            made = _questions(models, task, range(start, start + at_once))
             for group in batches(sorted(made, key=lambda each: len(each.ids)), _BATCH):
                 for question, completion in zip(group, answer(decoder, group), strict=True):
                     if is_right(question.reference, answer_text(models.tokenizer, completion.token_ids)):
@@ -175,14 +178,37 @@ def _answer(models: Models, question: Question, repeats: Sequence[Completion]) -
 
 def ratio(runs: Runs, method: str, base: str, *tasks: str) -> Interval:
     """Tokens per second of a method over those of another, on answers of both that count."""
-    rows, strata = [], []
-    for one, two in zip(runs[method], runs[base], strict=True):
-        if one.counted and two.counted and (not tasks or one.question.task in tasks):
-            rows.append([one.counts.tokens, one.seconds, two.counts.tokens, two.seconds])
-            strata.append(one.question.task)
-    if not rows:
+    found = _pairs(runs, method, base, tasks)
+    if not found:
         raise SystemExit(f"no answer of {method} is left to measure on {', '.join(tasks)}: all loop or are wrong")
-    return bootstrap(np.array(rows, dtype=float), rate_ratio, strata)
+    rows = [[one.counts.tokens, one.seconds, two.counts.tokens, two.seconds] for one, two in found]
+    return bootstrap(np.array(rows, dtype=float), rate_ratio, [one.question.task for one, _ in found])
+
+
+def _pairs(runs: Runs, method: str, base: str, tasks: Sequence[str]) -> list[tuple[Answer, Answer]]:
+    pairs = zip(runs[method], runs[base], strict=True)
+    asked = [(one, two) for one, two in pairs if not tasks or one.question.task in tasks]
+    return [(one, two) for one, two in asked if one.counted and two.counted]
+
+
+def ratios(runs: Runs, named: Mapping[str, tuple[str, str, Sequence[str], int]], suffix: str = "") -> dict[str, float]:
+    """Figures with their intervals.
+
+    Args:
+        runs: of the methods.
+        named: by figure a method, what it is compared with, the tasks (none are all), and what is taken off the ratio.
+        suffix: of every name.
+
+    Returns:
+        name, name_low and name_high of each; of sampled answers none may be left to a figure, which is then left out.
+    """
+    figures = {}
+    for name, (method, base, tasks, less) in named.items():
+        if _pairs(runs, method, base, tasks):
+            found = ratio(runs, method, base, *tasks)
+            for end, value in (("", found.value), ("_low", found.low), ("_high", found.high)):
+                figures[name + suffix + end] = value - less
+    return figures
 
 
 def fastest(runs: Runs, *tasks: str) -> str:
@@ -201,7 +227,7 @@ def rows(runs: Runs, base: str) -> list[dict]:
     for method, answers in runs.items():
         for task in dict.fromkeys(each.question.task for each in answers):
             counted = [each for each in answers if each.question.task == task and each.counted]
-            if not counted:
+            if not _pairs(runs, method, base, [task]):
                 continue
             total = sum(each.counts for each in counted)
             sources = [label for each in counted for label in each.completion.sources]
@@ -230,9 +256,24 @@ def options(description: str, questions: int) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=questions, help="questions of each task that are measured")
     parser.add_argument("--tuning", type=int, default=6, help="and that settings are chosen on")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--temperature", type=int, choices=(0, 1), help="only this one; others in --output are kept")
     parser.add_argument("--quick", action="store_true", help="few questions, one repetition")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     chosen = parser.parse_args()
     if chosen.quick:
         chosen.questions, chosen.tuning, chosen.repeats = 2, 1, 1
+    chosen.temperatures = (0, 1) if chosen.temperature is None else (chosen.temperature,)
     return chosen
+
+
+def suffix_of(temperature: int) -> str:
+    """What names of figures and rows at this temperature end in."""
+    return "_sampled" if temperature else ""
+
+
+def finish_part(benchmark: str, figures: dict[str, float], rows: dict[str, Any], options: argparse.Namespace) -> None:
+    """`finish`; where one temperature alone was measured, what the output holds of the other stays."""
+    if options.temperature is not None and options.output is not None and options.output.exists():
+        kept = json.loads(options.output.read_text(encoding="utf-8"))
+        figures, rows = kept["figures"] | figures, kept["rows"] | rows
+    finish(benchmark, figures, rows, options.output)
