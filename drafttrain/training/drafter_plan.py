@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from drafttrain.config import Parsed, TargetConfig
+from drafttrain.config import Parsed, Recipe, TargetConfig
 from drafttrain.distributed import say
 from drafttrain.models.drafters import inner, sketch_drafter, without_storage
 from drafttrain.models.fingerprint import Fingerprint, architecture_hash, tokenizer_hash
@@ -106,8 +106,8 @@ def plan(parsed: Parsed) -> None:
         *stored,
         *_work(parsed, shapes, arguments, data),
         *_memory(parsed, shapes, arguments, data, held_out, stage),
-        _disk(run.path, shapes, arguments, data),
-        _time(shapes, arguments, data),
+        _disk(run.path, recipe, shapes, arguments, data),
+        _time(recipe, shapes, arguments, data),
     ):
         say(line)
 
@@ -205,7 +205,7 @@ def _memory(
     head = _head(drafter, shapes).weight
     caches = _caches(parsed, shapes, arguments, data, held_out)
     parts = {
-        "target": _count(shapes.target.model) * shapes.target_bytes / weights_split,
+        "target": _held(parsed, shapes, held_out) * shapes.target_bytes / weights_split,
         "drafter, gradients and optimizer": _count(drafter) * size / weights_split
         + trained * (size + moments) / state_split,
         "copy of the drafter that decodes": _count(drafter) * shapes.cache_bytes if caches else 0,
@@ -216,6 +216,16 @@ def _memory(
     lines = [f"  {_gigabytes(value):>10}  {name}" for name, value in parts.items()]
     split = f" of {world}" if world > 1 else ""
     return [f"memory of one process{split}: {_gigabytes(sum(parts.values()))}", *lines]
+
+
+def _held(parsed: Parsed, shapes: Shapes, held_out: ResponseDataset) -> int:
+    """Weights of the target that stay: all, or without its layers where readings are stored and nothing decodes."""
+    training, model = parsed.recipe.training, shapes.target.model
+    decodes = training.on_policy_fraction > 0 or (training.tau_evaluations and len(held_out))
+    if training.readings == "live" or decodes:
+        return _count(model)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return sum(weight.numel() for weight in {weight for part in ends for weight in part.parameters()})
 
 
 def _caches(
@@ -263,23 +273,28 @@ def _activation(config: object, arguments: TrainingArguments) -> float:
     return size * config.num_hidden_layers * inside
 
 
-def _disk(run: Path, shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> str:
+def _disk(run: Path, recipe: Recipe, shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> str:
     checkpoints = (arguments.save_total_limit or 2) + 1
     needed = checkpoints * 12 * _count(shapes.drafter, trainable=True) + 4 * _count(shapes.drafter)
     require_space(run, needed, "the drafter and its checkpoints")
     width = shapes.target.model.config.get_text_config().hidden_size
-    states = data.tokens * width * math.ceil(shapes.target_bytes) if arguments.num_train_epochs > 1 else 0
+    again = arguments.num_train_epochs > 1 and recipe.drafter.kind != "longspec"
+    states = data.tokens * width * math.ceil(shapes.target_bytes) if again else 0
     more = f", and {_gigabytes(states)} for the target's states, if there is room" if states else ""
     return f"disk: {_gigabytes(needed)} at most while training, most of it for checkpoints{more}"
 
 
-def _time(shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> str:
+def _time(recipe: Recipe, shapes: Shapes, arguments: TrainingArguments, data: ResponseDataset) -> str:
     """Operations of all steps at a share of the matrix speed measured now."""
     share = _steps(arguments, data) * global_batch(arguments) / len(data)
     target = _head(shapes.target.model, shapes).weight.numel()
     own = inner(shapes.drafter).get_output_embeddings()
     drafter = 0 if own is None else own.weight.numel()
-    reads, tokens = min(share, 1.0), sum(data.lengths)  # the target's states are stored when they are needed again
+    tokens = sum(data.lengths)
+    if recipe.drafter.kind == "longspec":  # it reads the target at other positions in every pass, or from files
+        reads = share if recipe.training.readings == "live" else 0.0
+    else:
+        reads = min(share, 1.0)  # the target's states are stored when they are needed again
     operations = 2 * (_count(shapes.target.model) - target) * reads * tokens + 2 * target * share * data.tokens
     operations += 6 * share * ((_count(shapes.drafter) - drafter) * tokens + drafter * data.tokens)
     world = int(os.environ.get("WORLD_SIZE", "1"))

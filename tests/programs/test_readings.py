@@ -51,6 +51,23 @@ def test_training_reads_what_was_made_and_plans_tell_its_bytes(made, run, capsys
     assert len(curve(run)) == 48 and sum(curve(run)[-3:]) < sum(curve(run)[:3])
 
 
+def memory_of_target(out: str) -> str:
+    return next(line.split()[0] for line in out.splitlines() if line.endswith("  target"))
+
+
+def test_the_plan_knows_that_the_layers_go(made, read_once, capsys, monkeypatch):
+    monkeypatch.setattr("drafttrain.training.drafter_plan._gigabytes", lambda number: f"{number:.0f}")
+    found = []
+    for more in ([], STORED, ["--training.tau_evaluations", "0", *STORED]):
+        train([*flags(made, read_once), *more, "--plan"])
+        out = capsys.readouterr().out
+        assert "for the target's states" not in out  # those are of other drafters
+        found.append(memory_of_target(out))
+    settings = json.loads((made / "target" / "config.json").read_text())
+    ends = settings["vocab_size"] * settings["hidden_size"] * (1 if settings["tie_word_embeddings"] else 2)
+    assert found[0] == found[1] and int(found[1]) > 4 * ends == int(found[2])
+
+
 def test_without_measuring_no_layer_of_the_target_is_needed(made, run, capsys):
     plain = [*flags(made, run), "--training.tau_evaluations", "0"]
     read(plain)
