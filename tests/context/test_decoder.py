@@ -13,8 +13,9 @@ from drafttrain.context.budgets import Budget, Protected
 from drafttrain.context.compression import PromptCompression
 from drafttrain.context.decoder import ApproximateDecoder, OracleDecoder
 from drafttrain.context.dropping import KVDropping
-from drafttrain.context.prefill import Prefill
+from drafttrain.context.prefill import Prefill, prompt_attention
 from drafttrain.context.scorers import LastWindow, LookaheadAttention, Oracle, Random, Recency
+from drafttrain.context.scoring import attention_mass
 from drafttrain.context.study import Candidate, DensePass, Reader
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
@@ -174,22 +175,53 @@ def test_a_compressed_prompt_is_read_as_if_it_were_the_prompt(positions):
         text, places = [*text, token], [*places, places[-1] + 1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_read_right(family):
-    """Everything kept: the model's own greedy text; a part kept: batch and single run agree."""
-    model = build(family).double()
-    small = copy.deepcopy(model)
-    target, drafter = Engine(model), Engine(small)
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Engines of a family's target and drafter, prompts, and the target's own greedy texts."""
+    model = build(request.param).double()
     prompts = [[token % 64 for token in prompt] for prompt in PROMPTS]
-    reference = [greedy_reference(model, prompt, 6) for prompt in prompts]
-    prefill = [dropping(1.0), dropping(60)]
-    for method in prefill:
-        assert texts(decoder(target, drafter, dropping=method).generate(prompts, 6)) == reference
-    for more in ({"dropping": dropping(16)}, {"compression": compression(16)}):
-        made = decoder(target, drafter, drafter=ModelDrafter(drafter, 2), **more)
-        together = texts(made.generate(prompts, 6))
-        assert together == [texts(made.generate([prompt], 6))[0] for prompt in prompts]
-        assert together[2] == reference[2]
+    return Engine(model), Engine(copy.deepcopy(model)), prompts, [greedy_reference(model, p, 6) for p in prompts]
+
+
+@pytest.mark.parametrize("method", ["dropping", "compression", "both"])
+def test_every_family_is_read_right(family, method):
+    """Everything kept: the model's own greedy text; a part kept: batch and single run agree."""
+    target, drafter, prompts, reference = family
+    for budget in (1.0, 60):
+        assert texts(decoder(target, drafter, **METHODS[method](budget)).generate(prompts, 6)) == reference
+    made = decoder(target, drafter, drafter=ModelDrafter(drafter, 2), **METHODS[method](18))
+    together = made.generate(prompts, 6)
+    assert texts(together) == [texts(made.generate([prompt], 6))[0] for prompt in prompts]
+    assert together[2].token_ids == reference[2]
+    if method == "dropping":  # the drafter is the target: all that it looked ahead is emitted, and is the target's
+        accepted = [completion.sources[:5] for completion in together]
+        assert [own.count("lookahead") for own in accepted] == [5, 5, 0, 5]
+        assert [completion.token_ids[:6] for completion in together] == [text[:6] for text in reference]
+
+
+@pytest.mark.parametrize("method", ["dropping", "compression", "both"])
+@pytest.mark.parametrize("where", ["score", "target"])
+def test_every_family_is_as_it_was_after_an_exception(family, method, where, monkeypatch):
+    target, drafter, prompts, reference = family
+    before = [engine.config._attn_implementation for engine in (target, drafter)]
+    calls = []
+
+    def broken(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:  # one layer is behind it
+            raise RuntimeError("broken")
+        return own(*args, **kwargs)
+
+    module = {"target": "prefill", "score": "scorers" if method == "dropping" else "compression"}[where]
+    name = f"drafttrain.context.{module}.{'prompt_attention' if where == 'target' else 'attention_mass'}"
+    own = prompt_attention if where == "target" else attention_mass
+    monkeypatch.setattr(name, broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        decoder(target, drafter, **METHODS[method](18)).generate(prompts, 6)
+    monkeypatch.undo()
+    assert [engine.config._attn_implementation for engine in (target, drafter)] == before
+    assert target.watch is None and drafter.watch is None
+    assert texts(Decoder(target, ModelDrafter(drafter, 2), GREEDY).generate(prompts, 6)) == reference
 
 
 @pytest.mark.parametrize("method", ["dropping", "compression", "both"])
