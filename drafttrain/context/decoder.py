@@ -127,7 +127,7 @@ class ApproximateDecoder(Decoder):
         self.kept: list[list[int]] = []
         self.drafted: list[list[int]] = []
         self._opening: tuple[Draft, Tensor] | None = None
-        self._taken_over = False
+        self._taken_over = self._opened = False
         self._cut_short: set[int] = set()
 
     # ---- start ----
@@ -267,8 +267,6 @@ class ApproximateDecoder(Decoder):
         finally:
             self.drafter = drafter
         drafter.commit([0] * len(rows))
-
-    _opened = False
 
     def _completion(self, row: object) -> Completion:
         completion = super()._completion(row)

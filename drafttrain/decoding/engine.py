@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -242,9 +242,7 @@ class Engine:
         ``whole``: the last layer attends too, which only its output needs, not the cache.
         """
         if isinstance(cache, RaggedCache):
-            if tree is not None:
-                raise UserError("a tree of tokens cannot be read where keys were dropped; draft a chain")
-            with attending_by(self.config, cache.attend):
+            with attending_by(self.config, partial(cache.attend, tree=tree)):
                 yield self.masks(lambda window: stand_in(SEE_ALL, positions_BQ.device))
             return
         mask = self.masks(lambda window: self._mask(cache, positions_BQ, window, tree))

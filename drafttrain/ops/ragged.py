@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from drafttrain.ops.attention import folded_attention
 from drafttrain.ops.cache import WrittenLayer
+from drafttrain.ops.tree import TreeBlock
 
 
 class Kept(NamedTuple):
@@ -233,11 +235,13 @@ class RaggedCache(Cache):
         attention_mask: Tensor | None,
         scaling: float | None = None,
         softcap: float | None = None,
+        tree: TreeBlock | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
         """Attention of [B, N, Q, D] queries over what each row and head of the layer just written holds.
 
-        To be used by `drafttrain.ops.attention.attending_by`; ``key``, ``value`` and the mask are not read.
+        To be used by `drafttrain.ops.attention.attending_by`; ``key``, ``value`` and the mask are not read. ``tree``
+        says what the open span sees of itself, where it is no chain; it must hold the whole tree.
         """
         if kwargs.get("s_aux") is not None:
             raise ValueError("drafttrain's attention does not implement attention sinks")
@@ -247,7 +251,7 @@ class RaggedCache(Cache):
             parts = []
             for kept in self.held(layer, row):
                 q = query[row : row + 1, kept.heads.start * groups : kept.heads.stop * groups]
-                mask = self._mask(layer, row, kept, groups, query.dtype)
+                mask = self._mask(layer, row, kept, groups, query.dtype, tree)
                 out, _ = folded_attention(module, q, kept.keys[None], kept.values[None], mask, scaling, softcap)
                 parts.append(out)
             rows.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
@@ -264,6 +268,24 @@ class RaggedCache(Cache):
             raise ValueError("a cache whose keys were dropped cannot be rolled back into the text they are of")
         self.lengths, self.width = list(lengths), 0
 
+    def keep_path(self, starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Of the tree behind ``starts`` keep one path a row, which becomes a chain: its few slots move together.
+
+        Args:
+            starts: lengths of the rows before the tree.
+            paths: the nodes to keep, counted from the tree's first, ascending; they must have been read.
+        """
+        for row, (start, path) in enumerate(zip(starts, paths, strict=True)):
+            if list(path) != list(range(len(path))):
+                for arena in self._arenas:
+                    begin_M1 = arena.starts(self._regions)[row].unsqueeze(1) + start - self._first[row]
+                    old_MK, new_MK = (
+                        begin_M1 + torch.tensor(at, device=begin_M1.device) for at in (path, range(len(path)))
+                    )
+                    for storage in arena.tensors:
+                        storage[new_MK] = storage[old_MK]
+        self.rollback([start + len(path) for start, path in zip(starts, paths, strict=True)])
+
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order. Moves nothing."""
         for name in ("lengths", "_first", "_next", "_regions"):
@@ -275,19 +297,27 @@ class RaggedCache(Cache):
         parts = [each for arena in self._arenas for each in (arena.keys, arena.values, arena.positions)]
         return sum(part.nbytes for part in parts if part is not None)
 
-    def _mask(self, layer: int, row: int, kept: Kept, groups: int, dtype: torch.dtype) -> Tensor | None:
+    def _mask(
+        self, layer: int, row: int, kept: Kept, groups: int, dtype: torch.dtype, tree: TreeBlock | None
+    ) -> Tensor | None:
         """What the open span may attend to: additive [1, M or 1, G * Q, S], None for everything."""
-        window, width = self._windows[layer], self.width
-        if window is None:
-            if width == 1:
-                return None
-            size = kept.keys.shape[1]
-            visible = torch.ones(1, width, size, dtype=torch.bool, device=kept.keys.device).tril(size - width)
+        window, width, device = self._windows[layer], self.width, kept.keys.device
+        if window is None and width == 1:
+            return None
+        size = kept.keys.shape[1]
+        if tree is None:
+            visible = torch.ones(1, width, size, dtype=torch.bool, device=device).tril(size - width)
         else:
-            positions_M1S = self.positions(layer, row, kept.heads).unsqueeze(1)
-            query_Q1 = positions_M1S[0, 0, -width:].unsqueeze(1)
-            visible = (positions_M1S <= query_Q1) & (positions_M1S > query_Q1 - window)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+            seen_1QQ = tree.seen_BQT[row].to(device).unsqueeze(0)
+            visible = pad(seen_1QQ, (size - width, 0), value=True)
+        if window is not None:
+            positions_MS = self.positions(layer, row, kept.heads)
+            if tree is not None:
+                depth_Q = tree.depth_BT[row].to(device)
+                positions_MS[:, size - width :] = positions_MS[:, size - width, None] + depth_Q
+            query_Q1 = positions_MS[0, size - width :].unsqueeze(1)
+            visible = visible & (positions_MS.unsqueeze(1) > query_Q1 - window)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
         return mask.repeat(1, groups, 1).unsqueeze(0)
 
     def _grow(self, room: int, used: Sequence[int]) -> None:

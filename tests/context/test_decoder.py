@@ -19,8 +19,10 @@ from drafttrain.context.scoring import attention_mass
 from drafttrain.context.study import Candidate, DensePass, Reader
 from drafttrain.decoding.drafters import ModelDrafter
 from drafttrain.decoding.engine import Engine
+from drafttrain.decoding.expression import build as built
 from drafttrain.decoding.longspec import LongSpec
 from drafttrain.decoding.loop import Conversation, Decoder
+from drafttrain.decoding.tree_drafter import TreeDrafter
 from drafttrain.errors import UserError
 from drafttrain.ops.sampling import Sampling
 from tests.context.support import GREEDY, PROMPTS, compression, decoder, dropping, engines, texts
@@ -111,6 +113,36 @@ def test_what_is_accepted_of_the_lookahead_is_what_speculative_decoding_accepts(
     assert accepted > 0
 
 
+ALGEBRA = [
+    "Model(drafter, tree=[3, 2, 2])",
+    "Model(drafter, tree=[3, 2], drawn=False)",
+    "Model(drafter, length=6, stop=Confidence(0.2))",
+    "Copy(gamma=1, length=4)",
+    "FirstOf(Copy(gamma=2, length=5), Model(drafter, length=3))",
+    "Then((Reviewed(drafter, inner=MaxGram()), 3), (MaxGram(), 4))",
+]
+
+
+@pytest.mark.parametrize("expression", ALGEBRA)
+@pytest.mark.parametrize("method", ["dropping", "compression", "both", "pyramid"])
+def test_any_drafter_of_the_algebra_writes_what_the_target_writes_over_what_was_kept(expression, method):
+    """Greedy text, and sampled text of deterministic drafts, is that without a drafter; a row is its single run."""
+
+    def run(drafter, sampling, prompts=PROMPTS, ids=(3, 1, 4, 7)):
+        own = decoder(TARGET, SMALL, 3, drafter=drafter, sampling=sampling, **METHODS[method](18))
+        return own.generate(prompts, 20, list(ids))
+
+    members = {"drafter": SMALL}
+    drafted = run(built(expression, members), GREEDY)
+    assert texts(drafted) == texts(run(None, GREEDY))
+    assert sum(source not in ("target", "lookahead") for each in drafted for source in each.sources) > 3
+    sampled = texts(run(built(expression, members), Sampling(0.8)))
+    if "drawn=False" in expression:
+        assert sampled == texts(run(None, Sampling(0.8)))
+    for prompt, key, text in zip(PROMPTS, (3, 1, 4, 7), sampled, strict=True):
+        assert texts(run(built(expression, members), Sampling(0.8), [prompt], [key])) == [text]
+
+
 def test_the_first_token_is_the_dense_targets(reference):
     for scorer in (Recency(), Random()):
         dropped = KVDropping(Budget(6), scorer, Protected(1, 0))
@@ -193,6 +225,10 @@ def test_every_family_is_read_right(family, method):
     together = made.generate(prompts, 6)
     assert texts(together) == [texts(made.generate([prompt], 6))[0] for prompt in prompts]
     assert together[2].token_ids == reference[2]
+    made = decoder(target, drafter, 2, drafter=TreeDrafter(drafter, [2, 2]), **METHODS[method](18))
+    assert texts(made.generate(prompts, 6)) == texts(
+        decoder(target, drafter, 2, **METHODS[method](18)).generate(prompts, 6)
+    )
     if method == "dropping":  # the drafter is the target: all that it looked ahead is emitted, and is the target's
         accepted = [completion.sources[:5] for completion in together]
         assert [own.count("lookahead") for own in accepted] == [5, 5, 0, 5]
