@@ -5,7 +5,6 @@ from __future__ import annotations
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from drafttrain.evaluation.schema import ContextBucket, Report
 
@@ -33,11 +32,27 @@ def contexts(report: Report) -> Figure | None:
 
 
 def _panel(axis: Axes, buckets: list[ContextBucket], name: str) -> None:
-    for method in dict.fromkeys(bucket.method for bucket in buckets):
+    methods = list(dict.fromkeys(bucket.method for bucket in buckets))
+    for number, method in enumerate(methods):
         own = [each for each in buckets if each.method == method and getattr(each, name) is not None]
-        if own:
-            axis.plot([each.context for each in own], [getattr(each, name) for each in own], "o-", label=method)
+        values = [getattr(each, name) for each in own]
+        if own:  # one look in all panels; larger marks below, so that all of equal lines are seen
+            look = {"color": f"C{number}", "markersize": 5 + 2 * (len(methods) - number - 1)}
+            axis.plot([each.context for each in own], values, "o-", label=method, **look)
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xticks(sorted({bucket.context for bucket in buckets}))
+    axis.minorticks_off()
+    axis.xaxis.set_major_formatter(_tokens)
     axis.set_xlabel("tokens of the prompt, at most")
     axis.set_ylim(bottom=0)
+
+
+def _tokens(context: float, _place: int | None = None) -> str:
+    """A length as people say it.
+
+    Example:
+        >>> [_tokens(context) for context in (400, 1024, 8192, 3000)]
+        ['400', '1k', '8k', '3000']
+    """
+    whole = round(context)
+    return f"{whole // 1024}k" if whole % 1024 == 0 else str(whole)
