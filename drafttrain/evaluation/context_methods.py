@@ -34,16 +34,19 @@ class Way(NamedTuple):
     compression: PromptCompression | None = None
 
 
-def _dropping(scorer: Scorer, window: int = 0) -> Callable[[Budget, ContextConfig], Way]:
-    return lambda budget, config: Way(KVDropping(budget, scorer, Protected(4, window)))
+PROTECTED = Protected(sinks=4, window=32)
+"""By every method, which makes them alike, beside markup, system prompt and question."""
+
+
+def _dropping(scorer: Scorer) -> Callable[[Budget, ContextConfig], Way]:
+    return lambda budget, config: Way(KVDropping(budget, scorer, PROTECTED))
 
 
 def _compression(scorer: Any) -> Callable[[Budget, ContextConfig], Way]:
-    protect = Protected(4, max(32, scorer.window))
     return lambda budget, config: Way(
         None,
         PromptCompression(
-            Budget(budget.amount), scorer, config.positions, protect, min_per_document=config.min_per_document
+            Budget(budget.amount), scorer, config.positions, PROTECTED, min_per_document=config.min_per_document
         ),
     )
 
@@ -58,7 +61,7 @@ METHODS: dict[str, Callable[[Budget, ContextConfig], Way]] = {
     SWEPT: _dropping(LookaheadAttention()),
     "snapkv": _dropping(LastWindow()),
     "streaming": _dropping(Recency()),
-    "random": _dropping(Random(), 32),
+    "random": _dropping(Random()),
     ORACLE: _dropping(Oracle()),
     "prompt_compression": _compression(DraftAttention()),
     "chunks": _compression(ChunkAttention()),

@@ -134,7 +134,7 @@ def test_a_file_of_prompts_is_run(files, tmp_path):
 
 def test_a_prompt_shorter_than_the_window_is_read_whole(files, tmp_path):
     (tmp_path / "short.jsonl").write_text(json.dumps({"input": "The key is 7. Which?", "outputs": ["7"]}) + "\n")
-    more = ("--context.path", str(tmp_path / "short.jsonl"), "--context.methods", '["kv_dropping", "both", "window"]')
+    more = ("--context.path", str(tmp_path / "short.jsonl"), "--context.methods", json.dumps(list(METHODS)))
     main(["evaluate", *flags(files, tmp_path / "run", *more)])
     rows = json.loads((tmp_path / "run" / "context.json").read_text())["rows"]
     assert all(row["same"] == 1.0 and row["draft_prefill"] == 0 for row in rows)
