@@ -88,7 +88,8 @@ def _by_turn(axes: Axes, rows: list[Row], chosen: dict[str, dict[str, str]]) -> 
         values = [each["value"] for each in found.values()]
         below = [each["value"] - each["low"] for each in found.values()]
         above = [each["high"] - each["value"] for each in found.values()]
-        axes.bar(at, values, 0.92 * step, yerr=[below, above], color=COLOURS[place], label=label, error_kw={"lw": 1})
+        look = {"color": COLOURS[list(SHOWN).index(kind)], "label": label, "error_kw": {"lw": 1}}
+        axes.bar(at, values, 0.92 * step, yerr=[below, above], **look)
     axes.set_xticks(range(len(chosen)), list(chosen))
     axes.set(title="Speed-up by turn, right answers", ylabel="over no drafter")
     axes.tick_params(axis="x", labelsize=8)
