@@ -46,11 +46,6 @@ class TreeDrafter(ModelDrafter):
         self._spare = self.max_length + 1
         self._trees: list[int] = []  # slots before each row's last tree
 
-    def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
-        """Read the prompts, each but its last token."""
-        check_shape(self.widths, min(setting.vocabulary, self.engine.vocabulary))
-        super().start(committed, setting, resume)
-
     def propose(
         self,
         committed: Committed,
@@ -92,3 +87,7 @@ class TreeDrafter(ModelDrafter):
                 kept = [[node for node in path if node < most] for path, most in zip(paths, read, strict=True)]
                 self.cache.keep_path(self._trees, kept)
         super().commit(agreed)
+
+    def _check(self, setting: Setting) -> None:
+        check_shape(self.widths, min(setting.vocabulary, self.engine.vocabulary))
+        super()._check(setting)

@@ -11,6 +11,8 @@ from drafttrain.decoding.expression import build
 from drafttrain.decoding.longspec import LongSpec, LongSpecTree
 from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.stopping import Confidence
+from drafttrain.decoding.tree_drafter import TreeDrafter
+from drafttrain.errors import UserError
 from drafttrain.ops.sampling import Sampling
 from tests.decoding.longspec_pairs import block_of, longspec_pair
 from tests.decoding.support import greedy_reference
@@ -91,3 +93,11 @@ def test_it_is_written_as_an_expression(models):
     _, block = models
     drafter = build("LongSpec(drafter, tree=[4, 8])", {"drafter": block})
     assert isinstance(drafter, LongSpecTree) and drafter.max_length == 12
+
+
+@pytest.mark.parametrize("widths", [[25], [4, 97]])
+def test_a_tree_wider_than_the_vocabulary_is_refused(models, widths):
+    target, block = models
+    for drafter in (LongSpecTree(block, widths), TreeDrafter(Engine(target), widths)):
+        with pytest.raises(UserError, match="wider than the vocabulary"):
+            Decoder(Engine(target), drafter, GREEDY).generate([[1, 5, 3]], 4)
