@@ -4,11 +4,13 @@
     python benchmarks/longspec_speed.py --quick     short contexts, few questions, a minute; its figures say nothing
 
 The reference target with the reference LongSpec drafter and the reference drafter (two layers distilled on the same
-stream), bfloat16, greedy, on held-out *recall* and *self_correct* of some thousand tokens. Each drafter's length is the
-one that is fastest on a first part of the questions; it is measured on the others, all methods interleaved.
+stream, more than three times the block's parameters), bfloat16, greedy, on held-out *recall*, *self_correct* and
+*revise* of some thousand tokens. Each drafter's shape (a chain's length, or a tree) is the one that is fastest on a
+first part of the questions; it is measured on the others, all methods interleaved. Reading the prompt is not counted.
 
 speedup_over_autoregressive     decoding rate of LongSpec over the target's alone
 speedup_over_causal_drafter     decoding rate of LongSpec over that with the ordinary drafter
+speedup_over_..._TASK           the same by task
 tau_longspec, tau_causal        tokens a round
 kv_bytes_longspec, _causal      what each drafter keeps behind the longest prompt
 
@@ -36,7 +38,14 @@ from drafttrain.evaluation.runner import interleave  # noqa: E402
 from drafttrain.models.loading import load_drafter  # noqa: E402
 
 BASE = "Autoregressive()"
-LENGTHS = (1, 2, 3, 4, 6)
+TASKS = ("recall", "self_correct", "revise")
+SHAPES = {
+    "longspec": [
+        *(f"LongSpec(block, length={length})" for length in (2, 3, 4, 6, 9, 12)),
+        *(f"LongSpec(block, tree={widths})" for widths in ([2, 2, 2, 1], [2, 3, 3, 2, 2, 2])),
+    ],
+    "causal": [f"Model(drafter, length={length})" for length in (1, 2, 3, 4, 6, 9)],
+}
 RESAMPLES = 1000
 
 
@@ -45,28 +54,49 @@ def main() -> None:
     options = _options()
     models = reference_models()
     models.others["block"] = load_drafter(options.drafter, "bfloat16")
-    mixture = {"recall": options.questions, "self_correct": options.questions}
-    asked = held_out_questions(models, mixture, options.tokens, dict.fromkeys(mixture, options.length))
-    tuning, test = asked[: len(asked) // 3], asked[len(asked) // 3 :]
-    chosen = {"longspec": "LongSpec(block, length={})", "causal": "Model(drafter, length={})"}
-    tried = {name: [method.format(length) for length in LENGTHS] for name, method in chosen.items()}
-    found = run(models, tuning, [BASE, *tried["longspec"], *tried["causal"]], options.repeats)
-    chosen = {name: max(methods, key=lambda method: rate(found[method])) for name, methods in tried.items()}
+    asked = held_out_questions(
+        models, dict.fromkeys(TASKS, options.questions), options.tokens, dict.fromkeys(TASKS, options.length)
+    )
+    tuning, test = divided(asked, options.tuning)
+    found = run(models, tuning, [BASE, *SHAPES["longspec"], *SHAPES["causal"]], 1)
+    tried = {method: rate(answers) for method, answers in found.items()}
+    print({method: round(each / tried[BASE], 2) for method, each in tried.items()}, flush=True)
+    chosen = {name: max(methods, key=tried.get) for name, methods in SHAPES.items()}
     print(f"chosen: {chosen}", flush=True)
     measured = run(models, test, [BASE, *chosen.values()], options.repeats)
-    own = measured[chosen["longspec"]]
-    figures = ratio("speedup_over_autoregressive", own, measured[BASE])
-    figures |= ratio("speedup_over_causal_drafter", own, measured[chosen["causal"]])
+    figures: dict[str, float] = {}
+    for name, method in (("autoregressive", BASE), ("causal_drafter", chosen["causal"])):
+        own, base = measured[chosen["longspec"]], measured[method]
+        figures |= ratio(f"speedup_over_{name}", own, base)
+        for task in TASKS:
+            places = [place for place, question in enumerate(test) if question.task == task]
+            rates = [rate([side[place] for place in places]) for side in (own, base)]
+            figures[f"speedup_over_{name}_{task}"] = rates[0] / rates[1]
     for name, method in chosen.items():
         counts = sum((runs[0].counts for runs in measured[method]), Counts())
         figures[f"tau_{name}"] = counts.tau
         figures[f"kv_bytes_{name}"] = kept(models, method, max(test, key=lambda question: len(question.ids)))
     rows = [
-        {"method": method, "prompt": len(question.ids), "tokens": len(runs[0].token_ids), "seconds": seconds(runs)}
+        {
+            "method": method,
+            "task": question.task,
+            "prompt": len(question.ids),
+            "tokens": len(runs[0].token_ids),
+            "seconds": seconds(runs),
+        }
         for method, answers in measured.items()
         for question, runs in zip(test, answers, strict=True)
     ]
     finish("longspec_speed", figures, rows, options.output)
+
+
+def divided(asked: Sequence[Question], tuning: int) -> tuple[list[Question], list[Question]]:
+    """The first questions of every task, and the others."""
+    first, others = [], []
+    for question in asked:
+        same = [each for each in first if each.task == question.task]
+        (first if len(same) < tuning else others).append(question)
+    return first, others
 
 
 def run(
@@ -108,14 +138,16 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drafter", default=str(CHECKPOINTS / "reference-longspec"), help="a LongSpec drafter")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a prompt with its reference answer")
-    parser.add_argument("--questions", type=int, default=24, help="conversations of each task")
-    parser.add_argument("--tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--questions", type=int, default=12, help="conversations of each task")
+    parser.add_argument("--tuning", type=int, default=3, help="questions of each task that shapes are chosen on")
+    parser.add_argument("--tokens", type=int, default=96, help="longest answer")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
     parser.add_argument("--quick", action="store_true", help="short and few")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     options = parser.parse_args()
     if options.quick:
-        options.length, options.questions, options.tokens, options.repeats = 512, 3, 16, 1
+        options.length, options.questions, options.tokens, options.repeats = 512, 2, 16, 1
+        options.tuning = 1
     return options
 
 
