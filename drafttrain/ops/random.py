@@ -85,17 +85,19 @@ def _apart(cumulative_WV: np.ndarray, names: list[int], uniforms: list[float]) -
     taken: dict[int, list[tuple[float, float]]] = {}
     tokens, present = [], []
     for name, u in zip(names, uniforms, strict=True):
-        cumulative_V, spans = cumulative_WV[name], taken.setdefault(name, [])
+        cumulative_V, spans = cumulative_WV[name], sorted(taken.setdefault(name, []))
         total = float(cumulative_V[-1])
-        left = total - sum(high - low for low, high in spans)
+        left = total
+        for low, high in spans:
+            left -= high - low
         threshold = u * left
-        for low, high in sorted(spans):  # rounding leads into none of them
+        for low, high in spans:  # rounding leads into none of them
             if threshold >= low:
                 threshold = max(threshold + (high - low), high)
         token = int(cumulative_V.searchsorted(threshold, side="right"))
         present.append(left > _NOTHING_LEFT * total and token < len(cumulative_V))
         token = min(token, len(cumulative_V) - 1)
-        spans.append((float(cumulative_V[token - 1]) if token else 0.0, float(cumulative_V[token])))
+        taken[name].append((float(cumulative_V[token - 1]) if token else 0.0, float(cumulative_V[token])))
         tokens.append(token)
     return tokens, present
 
@@ -112,7 +114,9 @@ def _apart_on_device(cumulative_BWV: Tensor, from_BN: Tensor, u_BN: Tensor) -> t
         high_BN = highs_BN[:, :number].masked_fill(~taken_BN, torch.inf).gather(1, order_BN)
         size_BN = (high_BN - low_BN).nan_to_num_(0.0)
         total_B = cumulative_BV[:, -1]
-        left_B = total_B - size_BN.sum(1)
+        left_B = total_B
+        for size_B in size_BN.unbind(1):  # one by one, as in memory: sums in another order are not the same
+            left_B = left_B - size_B
         threshold_B = u_B * left_B
         for low_B, high_B in zip(low_BN.unbind(1), high_BN.unbind(1), strict=True):
             beyond_B = torch.maximum(threshold_B + (high_B - low_B), high_B)
