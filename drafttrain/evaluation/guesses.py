@@ -16,7 +16,7 @@ import numpy as np
 
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.joining import common
-from drafttrain.evaluation.questions import Question
+from drafttrain.evaluation.questions import Question, response_row
 from drafttrain.evaluation.trace_scores import RULES, Scores, score_names, unpack
 from drafttrain.evaluation.tracing import Tracer, TraceSettings
 from drafttrain.models.acceptance_head import AcceptanceHead
@@ -118,15 +118,7 @@ def look_up(
         sampling: how it was drawn.
         heads: acceptance heads by model and name.
     """
-    response = {
-        "prompt_id": question.prompt_id,
-        "split": "tune",
-        "task": question.task,
-        "source": "",
-        "turn": question.turn,
-        "prompt_ids": list(question.ids),
-        "response_ids": list(tokens),
-    }
+    response = response_row(question, tokens)
     settings = TraceSettings(sampling, top_k=1, temperatures=(), run_length=RUN)
     guesses = {}
     for name, engine in engines.items():

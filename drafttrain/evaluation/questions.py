@@ -186,3 +186,16 @@ def prompts_hash(questions: Iterable[Question]) -> str:
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def response_row(question: Question, ids: Sequence[int]) -> dict[str, Any]:
+    """An answer as a row of responses, which traces are made from."""
+    return {
+        "prompt_id": question.prompt_id,
+        "split": "tune",
+        "task": question.task,
+        "source": "",
+        "turn": question.turn,
+        "prompt_ids": list(question.ids),
+        "response_ids": list(ids),
+    }

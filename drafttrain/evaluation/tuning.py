@@ -18,7 +18,7 @@ from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.measure import costs_by_family
 from drafttrain.evaluation.methods import KNOWN, family_of
 from drafttrain.evaluation.pair import Models
-from drafttrain.evaluation.questions import Question, is_right
+from drafttrain.evaluation.questions import Question, is_right, response_row
 from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs
 from drafttrain.evaluation.trace_record import Record, record_of
@@ -128,7 +128,7 @@ def made_traces(
     rows: list[Row] = []
     for group in batches(sorted(questions, key=lambda each: len(each.ids)), batch_size):
         responses = [
-            _response(question, completion.token_ids)
+            response_row(question, completion.token_ids)
             for question, completion in zip(group, answer(decoder, group), strict=True)
         ]
         rows += tracer.trace(responses)
@@ -142,18 +142,6 @@ def made_traces(
     }
     prompts = "tuning prompts" if apart else "a quarter of the test prompts themselves, for want of tuning prompts"
     return Traces(rows, manifest, f"replay of traces made for it ({prompts})")
-
-
-def _response(question: Question, ids: Sequence[int]) -> Row:
-    return {
-        "prompt_id": question.prompt_id,
-        "split": "tune",
-        "task": question.task,
-        "source": "",
-        "turn": question.turn,
-        "prompt_ids": list(question.ids),
-        "response_ids": list(ids),
-    }
 
 
 def record_for_replay(models: Models, traces: Traces, references: Mapping[tuple[str, int], str]) -> Record:
