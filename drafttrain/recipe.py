@@ -80,7 +80,7 @@ class BlockConfig:
     kv_layer: int | None = None
     """layer of the target whose keys and values it reads; by default the last one of full attention"""
     intermediate_size: int | None = at_least(1, None)
-    """width of its SwiGLU; the target's by default"""
+    """width of its SwiGLU; the target's by default. More than that costs little beside the target's own reading"""
     final_norm: bool = True
     """a norm before the head, which starts as the target's; the published block has none"""
     warm_start: int | None = None

@@ -95,10 +95,11 @@ def _start_from(model: LongSpecDrafter, target: PreTrainedModel, block: BlockCon
         raise UserError(
             f"drafter.block.warm_start is {block.warm_start}; the target has layers 0 to {len(layers) - 1}."
         )
-    if block.intermediate_size not in (None, layers[number].mlp.down_proj.in_features):
+    width = layers[number].mlp.down_proj.in_features
+    if model.config.intermediate_size < width:
         raise UserError(
-            f"drafter.block.intermediate_size is {block.intermediate_size}, but the layer to start from has "
-            f"{layers[number].mlp.down_proj.in_features}; leave one of the two out."
+            f"drafter.block.intermediate_size is {model.config.intermediate_size}, but the layer to start from has "
+            f"{width}; take that or more."
         )
     layer, read = layers[number], layers[model.config.kv_layer]
     before_mlp = "pre_feedforward_layernorm" if hasattr(layer, "pre_feedforward_layernorm") else _AFTER
@@ -113,8 +114,7 @@ def _start_from(model: LongSpecDrafter, target: PreTrainedModel, block: BlockCon
             _take(getattr(model.self_attn, name), getattr(layer.self_attn, name, None))
         for name in ("q_proj", "o_proj", "q_norm"):
             _take(getattr(model.cross_attn, name), getattr(read.self_attn, name, None))
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            _take(getattr(model.mlp, name), getattr(layer.mlp, name))
+        _widen(model.mlp, layer.mlp)
     except (AttributeError, RuntimeError) as error:
         raise UserError(
             f"layers of {type(target).__name__} are of another build than the block "
@@ -136,6 +136,15 @@ def _take(ours: nn.Module | None, theirs: nn.Module | None) -> None:
     ours.weight.copy_(theirs.weight)
     if ours.bias is not None:
         ours.bias.copy_(theirs.bias)
+
+
+def _widen(ours: nn.Module, theirs: nn.Module) -> None:
+    """Take a SwiGLU's neurons; those that there are more of stay random and say nothing yet."""
+    width = theirs.down_proj.in_features
+    for name in ("gate_proj", "up_proj"):
+        getattr(ours, name).weight[:width] = getattr(theirs, name).weight
+    ours.down_proj.weight.zero_()
+    ours.down_proj.weight[:, :width] = theirs.down_proj.weight
 
 
 def _scale(norm: nn.Module, size: int) -> Tensor:

@@ -94,6 +94,16 @@ def test_families_can_be_read_and_started_from(name, settings):
     assert block.config.qk_norm == ("3" in name)
 
 
+def test_a_wider_block_starts_as_the_layer_that_it_starts_from():
+    target = family("llama")
+    narrow = new_block(target, BlockConfig(warm_start=1), torch.float32, 0)
+    wide = new_block(target, BlockConfig(warm_start=1, intermediate_size=60), torch.float32, 0)
+    states = torch.randn(2, 5, target.config.hidden_size)
+    torch.testing.assert_close(wide.mlp(states), narrow.mlp(states))
+    assert wide.mlp.gate_proj.weight[48:].abs().min() > 0  # or the new neurons would never learn
+    assert wide.mlp.up_proj.weight[48:].abs().min() > 0
+
+
 def test_a_target_without_a_layer_of_full_attention_is_refused():
     with pytest.raises(UserError, match="no layer of this mistral target is full attention"):
         block_config(family("mistral", sliding_window=16), BlockConfig())
