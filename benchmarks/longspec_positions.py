@@ -11,8 +11,9 @@ prompts for all, greedy.
 
 tau_ratio_plain, _anchor_offset, _multi_gap   tau behind filler / tau as they are; mean over seeds
 tau_NAME, tau_longer_NAME   tokens a round as they are, and behind filler
-target_loss_delta      nats by which anchor-offset positions raise the target's own loss on the rows, weighted as in the
-                       training; _anchors_4 with the paper's four anchors, `target_loss_delta_TASK` by task
+target_loss_delta      nats by which anchor-offset positions raise the target's own loss on what is learnt of the rows,
+                       weighted as in the training; `_TASK` by task, _settling_0 with what follows a jump, _anchors_4
+                       with the paper's four anchors
 noisy_gain             tau of multi_gap / tau of first_step, drafting DEPTH tokens
 gain_NAME              tau of multi_gap / tau of NAME, which differs from it in one thing
 """
@@ -52,7 +53,7 @@ from drafttrain.models.longspec_states import Reading, block_states, read_target
 from drafttrain.ops.sampling import Sampling  # noqa: E402
 from drafttrain.recipe import StageConfig  # noqa: E402
 from drafttrain.training.muon import MuonAdamW  # noqa: E402
-from drafttrain.training.positions import Placing, seen_from  # noqa: E402
+from drafttrain.training.positions import Placing  # noqa: E402
 from drafttrain.training.pretrain import label_loss, teacher_loss, warmup_stable_decay  # noqa: E402
 from drafttrain.training.pretrain_data import Blocks  # noqa: E402
 
@@ -174,7 +175,7 @@ class Learner:
         ids_BT = rows["input_ids"]
         lags_B = self.placing.lags(torch.arange(len(ids_BT)), step)
         states = block_states(self.block, reading, lags_B)[:, :-1].flatten(0, 1)
-        weights = seen_from(rows["weights"][:, 1:], lags_B).flatten()
+        weights = self.placing.taught(rows["weights"][:, 1:], lags_B, reading.positions_BT[:, :-1]).flatten()
         if self.variant.labels:
             loss = label_loss(self.head, states, weights, ids_BT[:, 1:].flatten())
         else:
@@ -213,23 +214,28 @@ def tau(target: Loaded, block: LongSpecDrafter, prompts: list[list[int]]) -> flo
 def loss_deltas(target: Loaded, options: argparse.Namespace) -> dict[str, float]:
     """The target's loss on held-out rows under anchor-offset positions less that under plain ones."""
     found: dict[str, float] = {}
-    mixed = [_loss_delta(target, stream(target, MIXTURE, options), options, count) for count in (options.anchors, 4)]
-    found |= interval("target_loss_delta", mixed[0]) | {"target_loss_delta_anchors_4": statistics.mean(mixed[1])}
+    mixed = stream(target, MIXTURE, options)
+    found |= interval("target_loss_delta", _loss_delta(target, mixed, options))
+    for name, wish in (("settling_0", {"settling": 0}), ("anchors_4", {"anchors": 4})):
+        found[f"target_loss_delta_{name}"] = statistics.mean(_loss_delta(target, mixed, options, **wish))
     for task in MIXTURE:
-        deltas = _loss_delta(target, stream(target, {task: 1.0}, options), options, options.anchors)
+        deltas = _loss_delta(target, stream(target, {task: 1.0}, options), options)
         found[f"target_loss_delta_{task}"] = statistics.mean(deltas)
     return found
 
 
-def _loss_delta(target: Loaded, blocks: Blocks, options: argparse.Namespace, anchors: int) -> list[float]:
+def _loss_delta(target: Loaded, blocks: Blocks, options: argparse.Namespace, **wishes: int) -> list[float]:
     """Of every block."""
-    placing = Placing.of(PositionsConfig(served=options.served, anchors=anchors), max_context(target.model), 1, 0)
+    positions = PositionsConfig(**{"served": options.served, "anchors": options.anchors} | wishes)
+    placing = Placing.of(positions, max_context(target.model), 1, 0)
     deltas = []
     for number in range(options.prompts // 2):
         block = blocks[HELD_OUT + 90_000 + number]
-        ids, weights = block["input_ids"], block["weights"][:, 1:]
+        ids = block["input_ids"]
+        placed = placing.positions(*_shape(ids), number)
+        weights = placing.taught(block["weights"][:, 1:], torch.zeros_like(ids[:, 0]), placed[:, :-1])
         losses = []
-        for positions in (None, placing.positions(*_shape(ids), number)):
+        for positions in (None, placed):
             hidden = read_target(target.model, ids, None, 0, positions).hidden_BTH[:, :-1]
             logits = target.model.lm_head(hidden).float().flatten(0, 1)
             each = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")

@@ -208,6 +208,8 @@ class PositionsConfig:
     """multi_gap: jumps of a row"""
     share: float = between(0.0, 1.0, 1.0)
     """share of the rows that move"""
+    settling: int = at_least(0, 8)
+    """tokens behind each jump whose predictions are not learnt: the target itself is astray there"""
 
 
 @dataclass

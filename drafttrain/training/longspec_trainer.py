@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.longspec import LongSpec
@@ -22,7 +23,7 @@ from drafttrain.training.distill_head import Lesson, teach_states
 from drafttrain.training.drafter_data import IGNORED
 from drafttrain.training.drafter_trainer import DrafterTrainer, shifted
 from drafttrain.training.on_policy import OnPolicy
-from drafttrain.training.positions import Placing, seen_from
+from drafttrain.training.positions import Placing
 from drafttrain.training.readings import StoredReadings
 
 HELD_OUT_STEP = -1
@@ -72,17 +73,15 @@ class LongSpecTrainer(DrafterTrainer):
         lags_B = self.placing.lags(samples_B, HELD_OUT_STEP if step is None else step)
         if step is None:
             positions_BT = torch.arange(width, device=lags_B.device).expand(len(lags_B), -1)
+        elif self.states is not None and "row" in batch:
+            stored = self.states.positions(batch["row"].tolist())
+            positions_BT = pad_sequence(stored, batch_first=True).to(lags_B.device)
         else:
             positions_BT = self.placing.positions(lengths_B, width, samples_B, step)
         weights_BT = batch["weights"].clone()
-        weights_BT[:, 1:] = seen_from(weights_BT[:, 1:], lags_B)
+        weights_BT[:, 1:] = self.placing.taught(weights_BT[:, 1:], lags_B, positions_BT[:, :-1])
         batch = batch | {"weights": weights_BT, "positions": positions_BT, "lags": lags_B}
-        if not self.packing:
-            return batch
-        row = packed(batch)
-        if step is not None and self.states is not None and "row" in batch:
-            row["positions"] = torch.cat(self.states.positions(batch["row"].tolist())).to(lags_B.device).unsqueeze(0)
-        return row
+        return packed(batch) if self.packing else batch
 
     def _teach(
         self, model: nn.Module, inputs: Mapping[str, Tensor], states: StoredReadings | None = None

@@ -3,7 +3,8 @@
 Anchor-offset indices (LongSpec, algorithm 1): the first tokens, which attention sinks on, keep their places, and the
 rest of the row stands somewhere in the length to be served. What lies between is nowhere, so a row of 1,024 tokens
 costs what it costs; but distances between 1,024 and the offset do not occur. `multi_gap` has several jumps, the first
-behind the anchors and the others anywhere, and so trains middle distances too.
+behind the anchors and the others anywhere, and so trains middle distances too. Right behind a jump the target itself is
+astray, for what it would lean on is suddenly far away; from there nothing is learnt (`settling`).
 
 All draws are functions of (seed, sample id, step): a resumed run, or another number of processes, draws the same.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from drafttrain.errors import UserError
@@ -32,6 +34,7 @@ class Placing:
         served: positions that will be served; no row reaches beyond them.
         gaps: jumps of `multi_gap`.
         share: of the rows that are moved; the others stay where they are.
+        settling: tokens behind each jump whose predictions are not learnt.
         depth: lags are drawn from 1 .. depth.
         seed: of all draws.
     """
@@ -41,6 +44,7 @@ class Placing:
     served: int
     gaps: int
     share: float
+    settling: int
     depth: int
     seed: int
 
@@ -61,7 +65,7 @@ class Placing:
         if served > context:
             raise UserError(f"training.positions.served is {served}, but the target has {context} positions; lower it.")
         gaps = 1 if config.kind == "anchor_offset" else config.gaps
-        return cls(config.kind, config.anchors, served, gaps, config.share, depth, seed)
+        return cls(config.kind, config.anchors, served, gaps, config.share, config.settling, depth, seed)
 
     def positions(self, lengths_B: Tensor, width: int, samples_B: Tensor, step: int) -> Tensor:
         """Positions of padded rows, int64 [B, T], rising by 1 but where a row jumps.
@@ -93,17 +97,19 @@ class Placing:
         key_B = self._keys(samples_B, step)
         return 1 + (uniform(self.seed, "lag", key_B, torch.zeros_like(key_B)) * self.depth).long()
 
+    def taught(self, weights_BT: Tensor, lags_B: Tensor, positions_BT: Tensor) -> Tensor:
+        """Weights of the positions that predict, without those that see nothing of the target or follow a jump.
+
+        Args:
+            weights_BT: of the next token, at the position that predicts it.
+            lags_B: as drawn; the first `lag` positions of a row have none of the target's keys in sight.
+            positions_BT: as drawn.
+        """
+        time_T = torch.arange(weights_BT.shape[1], device=weights_BT.device)
+        jumps_BT = F.pad(positions_BT.diff(dim=1) > 1, (1, 0)).cumsum(1)
+        settled_BT = jumps_BT == F.pad(jumps_BT, (self.settling, 0))[:, : len(time_T)]
+        return weights_BT * (settled_BT & (time_T >= lags_B.unsqueeze(1)))
+
     def _keys(self, samples_B: Tensor, step: int) -> Tensor:
         mixed_B = uniform(self.seed, "row", samples_B, torch.full_like(samples_B, step))
         return (mixed_B * 2.0**53).long()
-
-
-def seen_from(weights_BT: Tensor, lags_B: Tensor) -> Tensor:
-    """Weights of the positions that predict, without those that see nothing of the target.
-
-    Args:
-        weights_BT: of the next token, at the position that predicts it.
-        lags_B: as drawn; the first `lag` positions of a row have none of the target's keys in sight.
-    """
-    time_T = torch.arange(weights_BT.shape[1], device=weights_BT.device)
-    return weights_BT * (time_T >= lags_B.unsqueeze(1))

@@ -41,7 +41,7 @@ from drafttrain.recipe import PretrainConfig, Recipe, StageConfig
 from drafttrain.run_folder import RunFolder, write_atomically
 from drafttrain.training.arguments import on_one_device
 from drafttrain.training.muon import MuonAdamW
-from drafttrain.training.positions import Placing, seen_from
+from drafttrain.training.positions import Placing
 from drafttrain.training.pretrain_data import CODE, DRILLS, Blocks
 from drafttrain.training.work_folder import last_checkpoint
 
@@ -79,7 +79,7 @@ def longspec_loss(
     positions, lags = placing.positions(lengths, input_ids.shape[1], rows, step), placing.lags(rows, step)
     reading = read_target(teacher, input_ids, None, block.config.kv_layer, positions)
     states = block_states(block, reading, lags)[:, :-1].flatten(0, 1)
-    weights = seen_from(weights[:, 1:], lags).flatten()
+    weights = placing.taught(weights[:, 1:], lags, positions[:, :-1]).flatten()
     head = teacher.lm_head.weight
     return teacher_loss(head, states, weights, head, reading.hidden_BTH[:, :-1].flatten(0, 1))
 

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 KIND = "readings"
 
+_LEARNT = ("settling", "depth")
+"""Of a placing: what says which predictions are learnt, not where rows stand."""
+
 STEP = 0
 """Of the training whose positions are drawn for the files."""
 
@@ -63,7 +66,7 @@ def manifest_of(
         fingerprint: of the target.
         layer: that is read.
         dtype: of the target.
-        placing: its lags do not matter.
+        placing: what it says of positions.
         responses: the manifest of the responses.
         data: those that are trained.
     """
@@ -72,7 +75,7 @@ def manifest_of(
         "target": dict(fingerprint),
         "layer": layer,
         "dtype": str(dtype).removeprefix("torch."),
-        "positions": {name: value for name, value in dataclasses.asdict(placing).items() if name != "depth"},
+        "positions": {name: value for name, value in dataclasses.asdict(placing).items() if name not in _LEARNT},
         "responses": hashlib.sha256(json.dumps(responses, sort_keys=True).encode()).hexdigest()[:32],
         "max_length": data.max_length,
     }

@@ -51,7 +51,7 @@ def recipe(**block) -> DrafterConfig:
 
 def make_trainer(folder, target, kind="multi_gap", on_policy=None, held_out=0, packing=True, **arguments):
     drafter = build_drafter(recipe(), target)
-    placing = Placing.of(PositionsConfig(kind=kind, served=256), 512, drafter.config.depth, seed=3)
+    placing = Placing.of(PositionsConfig(kind=kind, served=256, settling=1), 512, drafter.config.depth, seed=3)
     settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True}
     settings |= {"num_train_epochs": 2, "save_strategy": "no"} | arguments
     args = training_arguments(settings, folder / "work", "training", DEFAULTS, **FIXED, seed=0)
@@ -87,7 +87,9 @@ def test_a_step_is_the_loss_of_each_row_read_alone(target, tmp_path, packing):
         log_p = model.lm_head(reading.hidden_BTH[0, :-1]).log_softmax(-1)
         divergence = F.kl_div(model.lm_head(states).log_softmax(-1), log_p, log_target=True, reduction="none").sum(-1)
         trained = torch.arange(length - 1)
+        astray = [time for time in range(1, length) if at[0, time] > at[0, time - 1] + 1]  # settling is 1
         counted = (trained >= lag) & (trained >= int(batch["prompt_length"][place]) - 1)
+        counted[[time for time in astray if time < length - 1]] = False
         total = total + divergence[counted].sum()
     total.backward()
     torch.testing.assert_close(sums["loss"], total, atol=1e-3, rtol=1e-4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from drafttrain.config import PositionsConfig
 from drafttrain.errors import UserError
-from drafttrain.training.positions import Placing, seen_from
+from drafttrain.training.positions import Placing
 
 
 def placing(**wishes) -> Placing:
@@ -75,8 +75,16 @@ def test_every_step_of_a_round_is_trained():
 
 
 def test_what_sees_nothing_of_the_target_has_no_weight():
-    found = seen_from(torch.ones(2, 5), torch.tensor([1, 3]))
+    found = placing().taught(torch.ones(2, 5), torch.tensor([1, 3]), torch.arange(5).expand(2, -1))
     assert found.tolist() == [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+
+
+@given(st.integers(0, 5), st.lists(st.integers(1, 3), min_size=11, max_size=11))
+def test_nothing_is_learnt_right_behind_a_jump(settling, steps):
+    positions = torch.tensor([[0, *steps]]).cumsum(1)
+    found = placing(settling=settling).taught(torch.full((1, 12), 0.5), torch.tensor([0]), positions)[0].tolist()
+    jumps = [time for time, step in enumerate(steps, 1) if step > 1]
+    assert found == [0.5 * all(not 0 <= time - jump < settling for jump in jumps) for time in range(12)]
 
 
 def test_more_positions_than_the_target_has_are_refused():
