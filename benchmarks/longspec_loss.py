@@ -31,22 +31,15 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.common import finish  # noqa: E402
-from data_prep.corpus import train_modules  # noqa: E402
+from benchmarks.pair import CHECKPOINTS, HELD_OUT, stream  # noqa: E402
 from drafttrain.config import TargetConfig  # noqa: E402
 from drafttrain.errors import UserError, run_program  # noqa: E402
 from drafttrain.evaluation.plots import STYLE, pyplot  # noqa: E402
 from drafttrain.models.loading import AutoDrafter, Loaded, load_target, max_context  # noqa: E402
 from drafttrain.models.longspec import LongSpecDrafter  # noqa: E402
 from drafttrain.models.longspec_states import Reading, block_states, read_target  # noqa: E402
-from drafttrain.recipe import StageConfig  # noqa: E402
-from drafttrain.training.pretrain_data import Blocks  # noqa: E402
 
-CHECKPOINTS = ROOT / "checkpoints"
 MIXTURE = {"code": 0.3, "recall": 0.4, "revise": 0.3}
-MODULES = 40
-HELD_OUT = 10**6
-"""Blocks from here on are for measuring."""
-
 BINS = 8
 CHUNK = 1024
 """Tokens whose logits exist at one time."""
@@ -86,13 +79,10 @@ def texts(target: Loaded, options: argparse.Namespace) -> list[tuple[Tensor, Ten
     """Token ids [1, T] of held-out texts, and the weight [T] of what each token predicts."""
     if options.length > max_context(target.model):
         raise UserError(f"--length {options.length} is beyond the {max_context(target.model)} tokens of the target.")
-    stage = StageConfig(2 * HELD_OUT, options.length, {options.length: 1.0}, MIXTURE)
-    text = "".join(itertools.islice((module.text for module in train_modules()), MODULES))
-    code = np.array(target.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.uint16)
-    stream = Blocks([stage], code, target.tokenizer, max_context(target.model))
+    blocks = stream(target, MIXTURE, options.length, options.length)
     made = []
     for number in range(options.texts):
-        block = stream[HELD_OUT + number]
+        block = blocks[HELD_OUT + number]
         weights_T = torch.cat([block["weights"][0, 1:], torch.zeros(1)])
         made.append((block["input_ids"], weights_T))
     return made

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import finish  # noqa: E402
-from data_prep.corpus import train_modules  # noqa: E402
+from benchmarks.pair import HELD_OUT, stream  # noqa: E402
 from drafttrain.config import BlockConfig, PositionsConfig, TargetConfig  # noqa: E402
 from drafttrain.decoding.counts import Counts  # noqa: E402
 from drafttrain.decoding.engine import Engine  # noqa: E402
@@ -51,7 +50,6 @@ from drafttrain.models.longspec_copying import rows_for, start_copying  # noqa: 
 from drafttrain.models.longspec_new import new_block  # noqa: E402
 from drafttrain.models.longspec_states import Reading, block_states, read_target  # noqa: E402
 from drafttrain.ops.sampling import Sampling  # noqa: E402
-from drafttrain.recipe import StageConfig  # noqa: E402
 from drafttrain.training.muon import MuonAdamW  # noqa: E402
 from drafttrain.training.positions import Placing  # noqa: E402
 from drafttrain.training.pretrain import label_loss, teacher_loss, warmup_stable_decay  # noqa: E402
@@ -60,9 +58,6 @@ from drafttrain.training.pretrain_data import Blocks  # noqa: E402
 DEPTH = 5
 MIXTURE = {"code": 0.3, "recall": 0.3, "revise": 0.4}
 LONGER = 8
-MODULES = 40
-HELD_OUT = 10**6
-"""Blocks from here on are for measuring."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ def main() -> None:
     """Train, decode, print."""
     options = _options()
     target = load_target(TargetConfig(path=str(ROOT / "checkpoints" / "reference-target"), dtype="bfloat16"))
-    blocks = stream(target, MIXTURE, options)
+    blocks = stream(target, MIXTURE, options.tokens, options.length)
     rows = []
     for seed in range(options.seeds):
         for name, block in trained(target, blocks, seed, options):
@@ -109,14 +104,6 @@ def main() -> None:
             if options.save is not None and seed == 0:
                 block.save_pretrained(options.save / name)
     finish("longspec_positions", figures(rows) | loss_deltas(target, options), rows, options.output)
-
-
-def stream(target: Loaded, mixture: dict[str, float], options: argparse.Namespace) -> Blocks:
-    """Rows of one length, blocks of `tokens`."""
-    stage = StageConfig(2 * HELD_OUT, options.tokens, {options.length: 1.0}, mixture)
-    text = "".join(itertools.islice((module.text for module in train_modules()), MODULES))  # where a task has no room
-    code = np.array(target.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.uint16)
-    return Blocks([stage], code, target.tokenizer, max_context(target.model))
 
 
 Trained = list[tuple[str, LongSpecDrafter]]
@@ -214,12 +201,13 @@ def tau(target: Loaded, block: LongSpecDrafter, prompts: list[list[int]]) -> flo
 def loss_deltas(target: Loaded, options: argparse.Namespace) -> dict[str, float]:
     """The target's loss on held-out rows under anchor-offset positions less that under plain ones."""
     found: dict[str, float] = {}
-    mixed = stream(target, MIXTURE, options)
+    mixed = stream(target, MIXTURE, options.tokens, options.length)
     found |= interval("target_loss_delta", _loss_delta(target, mixed, options))
     for name, wish in (("settling_0", {"settling": 0}), ("anchors_4", {"anchors": 4})):
         found[f"target_loss_delta_{name}"] = statistics.mean(_loss_delta(target, mixed, options, **wish))
     for task in MIXTURE:
-        deltas = _loss_delta(target, stream(target, {task: 1.0}, options), options)
+        alone = stream(target, {task: 1.0}, options.tokens, options.length)
+        deltas = _loss_delta(target, alone, options)
         found[f"target_loss_delta_{task}"] = statistics.mean(deltas)
     return found
 

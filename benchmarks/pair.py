@@ -1,11 +1,15 @@
-"""The reference pair and held-out questions of the reference world: what the benchmarks of the decoder run on."""
+"""The reference pair, and held-out questions and rows of the reference world: what the benchmarks run on."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from data_prep.corpus import train_modules
 from data_prep.prompts import SPLITS, prompts_of
 from drafttrain.config import PromptsConfig, TargetConfig
 from drafttrain.dialogue import end_tokens
@@ -14,8 +18,10 @@ from drafttrain.evaluation.questions import Limits, Question, choose, questions_
 from drafttrain.evaluation.runner import answer
 from drafttrain.evaluation.schema import AUTOREGRESSIVE
 from drafttrain.models.acceptance_head import AcceptanceHead
-from drafttrain.models.loading import load_drafter, load_target
+from drafttrain.models.loading import Loaded, load_drafter, load_target, max_context
 from drafttrain.ops.sampling import Sampling
+from drafttrain.recipe import StageConfig
+from drafttrain.training.pretrain_data import Blocks
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
@@ -27,6 +33,12 @@ SPARE = 3
 
 LONGEST = 512
 """Tokens of a prompt from a file; a few of MBPP's are thousands long, and a batch reads all rows at that length."""
+
+HELD_OUT = 10**6
+"""Blocks of a stream from here on are for measuring."""
+
+_MODULES = 40
+"""Of the standard library, for code and where a task has room."""
 
 _BATCH = 16
 
@@ -43,6 +55,21 @@ def reference_models(head: bool = False) -> Models:
     pair = {"target": target.fingerprint, "drafter": drafter.fingerprint}
     heads = {"head": AcceptanceHead.load(CHECKPOINTS / "reference-head", **pair)} if head else {}
     return Models(target, drafter, heads, ends, "bfloat16")
+
+
+def stream(target: Loaded, mixture: Mapping[str, float], tokens: int, length: int) -> Blocks:
+    """Rows of the reference world's training stream.
+
+    Args:
+        target: for its tokenizer and context.
+        mixture: shares of tasks.
+        tokens: of a block.
+        length: of every row.
+    """
+    stage = StageConfig(2 * HELD_OUT, tokens, {length: 1.0}, dict(mixture))
+    text = "".join(itertools.islice((module.text for module in train_modules()), _MODULES))
+    code = np.array(target.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.uint16)
+    return Blocks([stage], code, target.tokenizer, max_context(target.model))
 
 
 def held_out_questions(
