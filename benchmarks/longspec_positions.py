@@ -7,7 +7,8 @@ New drafters of the reference target, all with the same steps on the same rows o
 scheme of positions, without flash noisy training (depth 1), with the stream's own tokens for labels in place of the
 target's distribution, reading another layer, and not started as a block that copies. Then held-out prompts are
 continued, as they are and behind filler that makes them eight times as long as the rows of the training; the same
-prompts for all, greedy.
+prompts for all, greedy. Filler leads the target elsewhere now and then, to texts that are easier or harder to draft: so
+each prompt is continued as far as both continuations are the same text, and left out where they part at once.
 
 tau_ratio_plain, _anchor_offset, _multi_gap   tau behind filler / tau as they are; mean over seeds
 tau_NAME, tau_longer_NAME   tokens a round as they are, and behind filler
@@ -44,6 +45,7 @@ from drafttrain.decoding.engine import Engine  # noqa: E402
 from drafttrain.decoding.longspec import LongSpec  # noqa: E402
 from drafttrain.decoding.loop import Decoder  # noqa: E402
 from drafttrain.dialogue import end_tokens  # noqa: E402
+from drafttrain.errors import UserError, run_program  # noqa: E402
 from drafttrain.models.loading import Loaded, load_target, max_context  # noqa: E402
 from drafttrain.models.longspec import LongSpecDrafter  # noqa: E402
 from drafttrain.models.longspec_copying import rows_for, start_copying  # noqa: E402
@@ -58,6 +60,8 @@ from drafttrain.training.pretrain_data import Blocks  # noqa: E402
 DEPTH = 5
 MIXTURE = {"code": 0.3, "recall": 0.3, "revise": 0.4}
 LONGER = 8
+MOST = 48
+"""Tokens of a continuation."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +94,23 @@ VARIANTS = {
 }
 
 
+@run_program
 def main() -> None:
     """Train, decode, print."""
     options = _options()
     target = load_target(TargetConfig(path=str(ROOT / "checkpoints" / "reference-target"), dtype="bfloat16"))
     blocks = stream(target, MIXTURE, options.tokens, options.length)
+    asked = continued(target, blocks, options)
     rows = []
     for seed in range(options.seeds):
         for name, block in trained(target, blocks, seed, options):
-            short, long = (tau(target, block, prompts_of(blocks, options, filler)) for filler in (False, True))
+            short, long = (tau(target, block, prompts, asked.limits) for prompts in (asked.short, asked.long))
             rows.append({"variant": name, "seed": seed, "tau": short, "tau_longer": long, "ratio": long / short})
             print(rows[-1], flush=True)
             if options.save is not None and seed == 0:
                 block.save_pretrained(options.save / name)
-    finish("longspec_positions", figures(rows) | loss_deltas(target, options), rows, options.output)
+    found = figures(rows) | loss_deltas(target, options) | {"continued_tokens": sum(asked.limits)}
+    finish("longspec_positions", found, rows, options.output)
 
 
 Trained = list[tuple[str, LongSpecDrafter]]
@@ -173,6 +180,36 @@ class Learner:
         self.optimizer.zero_grad()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Prompts as they are and behind filler, and how many tokens of their continuations are the same."""
+
+    short: list[list[int]]
+    long: list[list[int]]
+    limits: list[int]
+
+
+def continued(target: Loaded, blocks: Blocks, options: argparse.Namespace) -> Asked:
+    """The prompts that filler does not lead elsewhere at once."""
+    pairs = [prompts_of(blocks, options, filler) for filler in (False, True)]
+    alone = decoder(target, None)
+    answers = [[alone.generate([prompt], MOST)[0].token_ids for prompt in prompts] for prompts in pairs]
+    same = [_alike(*pair) for pair in zip(*answers, strict=True)]
+    kept = [place for place, count in enumerate(same) if count >= options.least]
+    print(
+        f"{len(kept)} of {len(same)} prompts go on alike behind filler, {sum(same[at] for at in kept)} tokens",
+        flush=True,
+    )
+    if not kept:
+        raise UserError("no prompt goes on alike behind filler; take more --prompts.")
+    return Asked(*([prompts[at] for at in kept] for prompts in pairs), [same[at] for at in kept])
+
+
+def _alike(one: list[int], other: list[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def prompts_of(blocks: Blocks, options: argparse.Namespace, filler: bool) -> list[list[int]]:
     """Beginnings of held-out rows; behind filler, rows of another part of the stream stand before them."""
     found = []
@@ -188,13 +225,18 @@ def prompts_of(blocks: Blocks, options: argparse.Namespace, filler: bool) -> lis
     return found
 
 
-def tau(target: Loaded, block: LongSpecDrafter, prompts: list[list[int]]) -> float:
+def tau(target: Loaded, block: LongSpecDrafter, prompts: list[list[int]], limits: list[int]) -> float:
     """Tokens a round behind some prompts, all together."""
+    found = decoder(target, LongSpec(block, length=DEPTH))
+    answers = (found.generate([prompt], limit)[0] for prompt, limit in zip(prompts, limits, strict=True))
+    return sum((each.counts for each in answers), Counts()).tau
+
+
+def decoder(target: Loaded, drafter: LongSpec | None) -> Decoder:
+    """Greedy."""
     vocabulary = 1 + max(target.tokenizer.get_vocab().values())
     ends = end_tokens(target.tokenizer, target.model.generation_config)
-    decoder = Decoder(Engine(target.model, vocabulary), LongSpec(block, length=DEPTH), Sampling(0.0), ends)
-    counts = sum((done.counts for done in decoder.generate(prompts, 32)), Counts())
-    return counts.tau
+    return Decoder(Engine(target.model, vocabulary), drafter, Sampling(0.0), ends)
 
 
 @torch.no_grad()
@@ -265,8 +307,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="of a row of the training, in tokens")
     parser.add_argument("--served", type=int, default=8192, help="positions that rows are moved over")
     parser.add_argument("--anchors", type=int, default=1, help="tokens that keep their places")
-    parser.add_argument("--learning-rate", type=float, default=0.002, help="at its peak")
+    parser.add_argument("--learning-rate", type=float, default=0.001, help="at its peak")
     parser.add_argument("--prompts", type=int, default=24, help="continued at each length")
+    parser.add_argument("--least", type=int, default=8, help="tokens that a continuation has behind filler, too")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each variant")
     parser.add_argument("--save", type=Path, help="keep the first seed's drafters here, for longspec_loss.py")
     parser.add_argument("--quick", action="store_true", help="a few steps of short rows")
@@ -274,7 +317,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     options.fitted = None
     if options.quick:
-        options.steps, options.tokens, options.length, options.prompts, options.seeds = 2, 512, 128, 2, 1
+        options.least = 1
+        options.steps, options.tokens, options.length, options.prompts, options.seeds = 2, 512, 128, 6, 1
         options.fitted = 8
     return options
 
