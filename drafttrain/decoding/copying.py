@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from drafttrain.decoding.copy_index import SOURCES, CopyIndex
-from drafttrain.decoding.draft import Committed, Draft
-from drafttrain.decoding.drafters import Drafter, Setting
-from drafttrain.decoding.exclusions import NOTHING, Excluded, Exclusions
+from drafttrain.decoding.text_drafter import Found, TextDrafter
 from drafttrain.errors import UserError
-from drafttrain.ops.random import Draws
 
 
-class Copy(Drafter):
-    """Copies from prompt and answer. It knows no model, and of a chat it keeps the index.
+class Copy(TextDrafter):
+    """Copies from prompt and answer.
 
     Without options it is the published rule: a block of 10 tokens from the earliest place where the last 3 occur.
 
@@ -49,82 +46,23 @@ class Copy(Drafter):
             raise UserError(f"Copy's block cannot grow from length={length} to longest={longest}")
         if source not in SOURCES:
             raise UserError(f"Copy's source is {source!r}, but it must be one of {', '.join(SOURCES)}")
-        self.name = name
-        self.max_length = longest or length
+        super().__init__(name, longest or length, lambda: CopyIndex(gamma, source, follow, backoff, cooldown))
         self.length = length
-        self.new_index = lambda: CopyIndex(gamma, source, follow, backoff, cooldown)
-        self._rows: list[CopyIndex] = []
-        self._excluded: list[Excluded] = []
-        self._setting: Setting | None = None
-        self._committed: Committed | None = None
 
-    def start(self, committed: Committed, setting: Setting, resume: bool = False) -> None:
-        """Index the prompts; of a chat only what is new."""
-        kept = committed.shared_with(self._committed) if resume else None
-        self._setting, self._committed = setting, committed
-        if kept is None or not self._rows:
-            self._rows = [self.new_index() for _ in committed.tokens]
-        else:
-            self._rows[0].shorten(min(kept[0], len(self._rows[0].text)))
-        self._excluded = [Excluded(each) for each in exclusions_of(committed)]
-        self._read(committed)
+    def _found(self, index: CopyIndex, more: Sequence[int], most: int) -> Found:
+        length = len(index.text)
+        index.extend(more)
+        found = self._copied(index, most)
+        index.shorten(length)
+        return found
 
-    def propose(
-        self,
-        committed: Committed,
-        prefix: Draft | None,
-        budget: Sequence[int],
-        random: Draws,
-        target_view: object | None = None,
-    ) -> Draft:
-        """Copied tokens are deterministic: they declare no distribution, and the target's stays exact."""
-        self._read(committed)
-        behind = prefix.rows() if prefix is not None and prefix.width else [[]] * len(self._rows)
-        found: list[tuple[Sequence[int], int]] = []
-        for index, excluded, more, most in zip(self._rows, self._excluded, behind, budget, strict=True):
-            length = len(index.text)
-            index.extend(more)
-            found.append(self._copied(index, excluded, most))
-            index.shorten(length)
-        origins = [list(range(source, source + len(tokens))) for tokens, source in found]
-        return Draft.of([tokens for tokens, _ in found], self.name, origins)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Release all other rows."""
-        self._rows = [self._rows[row] for row in rows]
-        self._excluded = [self._excluded[row] for row in rows]
-
-    def _read(self, committed: Committed) -> None:
-        """Index what is new."""
-        for index, excluded, tokens in zip(self._rows, self._excluded, committed.tokens, strict=True):
-            index.extend(tokens[len(index.text) :])
-            if excluded.any:
-                excluded.read(tokens)
-
-    def _copied(self, index: CopyIndex, excluded: Excluded, most: int) -> tuple[Sequence[int], int]:
-        """What to propose behind the indexed text, and from which position."""
+    def _copied(self, index: CopyIndex, most: int) -> Found:
+        """What followed the place that the indexed text ends like."""
         source = index.place
         if source is None or most < 1:
-            return (), 0
+            return []
         length = self.length
         if self.max_length > length:
             length = max(length, index.matched(source, self.max_length))
         tokens = index.text[source : source + min(length, most)]
-        tokens = proposable(tokens, self._setting.eos_ids, self._setting.vocabulary)
-        allowed = excluded.allowed(index.text, tokens, range(source, source + len(tokens)))
-        return tokens[:allowed], source
-
-
-def exclusions_of(committed: Committed) -> list[Exclusions]:
-    """What each row excludes from copying."""
-    return committed.exclusions or [NOTHING] * len(committed.tokens)
-
-
-def proposable(tokens: Sequence[int], eos_ids: Collection[int], vocabulary: int) -> Sequence[int]:
-    """Tokens up to and including an end token, and short of one that the target does not know."""
-    for place, token in enumerate(tokens):
-        if token >= vocabulary:
-            return tokens[:place]
-        if token in eos_ids:
-            return tokens[: place + 1]
-    return tokens
+        return [(token, source + place) for place, token in enumerate(tokens)]

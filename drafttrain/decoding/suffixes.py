@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 
 class Suffixes:
-    """A text that only grows, and its automaton.
+    """A text and its automaton.
 
     Attributes:
         text: the tokens read.
@@ -42,6 +42,12 @@ class Suffixes:
                 links[state] = self._split(last, following[last][token], token)
             last = state
         self._last = last
+
+    def shorten(self, length: int) -> None:
+        """Forget all tokens but the first ``length``; an automaton cannot, so it reads them again."""
+        text = self.text[:length]
+        self.__init__()
+        self.extend(text)
 
     def _split(self, last: int, found: int, token: int) -> int:
         """The state whose longest substring is that of ``last`` and a token: ``found``, or a part of it."""

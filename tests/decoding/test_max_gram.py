@@ -42,6 +42,9 @@ def test_the_longest_match_is_found_behind_any_prefix(text, more):
     suffixes = Suffixes()
     suffixes.extend(text)
     assert suffixes.match(more) == longest_match(text + more)
+    suffixes.extend(more)
+    suffixes.shorten(len(text))
+    assert suffixes.text == text and suffixes.match(more) == longest_match(text + more)
 
 
 @given(TEXTS, st.integers(1, 6))
