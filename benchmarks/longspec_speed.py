@@ -5,8 +5,9 @@
 
 The reference target with the reference LongSpec drafter and the reference drafter (two layers distilled on the same
 stream, more than three times the block's parameters), bfloat16, greedy, on held-out *recall*, *self_correct* and
-*revise* of some thousand tokens. Each drafter's shape (a chain's length, or a tree) is the one that is fastest on a
-first part of the questions; it is measured on the others, all methods interleaved. Reading the prompt is not counted.
+*revise* of some thousand tokens. Each drafter's shape (a chain's length, a confidence that ends it, or a tree) is the
+one that is fastest on a first part of the questions; it is measured on the others, all methods interleaved. Reading the
+prompt is not counted.
 
 speedup_over_autoregressive     decoding rate of LongSpec over the target's alone
 speedup_over_causal_drafter     decoding rate of LongSpec over that with the ordinary drafter
@@ -39,12 +40,17 @@ from drafttrain.models.loading import load_drafter  # noqa: E402
 
 BASE = "Autoregressive()"
 TASKS = ("recall", "self_correct", "revise")
+STOPS = [f"stop=Confidence({least}, max={most})" for least, most in ((0.3, 9), (0.5, 9), (0.5, 14), (0.7, 14))]
 SHAPES = {
     "longspec": [
-        *(f"LongSpec(block, length={length})" for length in (2, 3, 4, 6, 9, 12)),
+        *(f"LongSpec(block, length={length})" for length in (2, 3, 4, 6, 9)),
+        *(f"LongSpec(block, {stop})" for stop in STOPS),
         *(f"LongSpec(block, tree={widths})" for widths in ([2, 2, 2, 1], [2, 3, 3, 2, 2, 2])),
     ],
-    "causal": [f"Model(drafter, length={length})" for length in (1, 2, 3, 4, 6, 9)],
+    "causal": [
+        *(f"Model(drafter, length={length})" for length in (1, 2, 3, 4, 6)),
+        *(f"Model(drafter, {stop})" for stop in STOPS),
+    ],
 }
 RESAMPLES = 1000
 
