@@ -18,7 +18,7 @@ from drafttrain.evaluation.inputs import Inputs, inputs_of
 from drafttrain.evaluation.load_study import group_of, request_count, sizes_of
 from drafttrain.evaluation.methods import check_length, kind_of
 from drafttrain.evaluation.names import sampling_name
-from drafttrain.evaluation.pair import head_names, speed_dtype, synthetic_of
+from drafttrain.evaluation.pair import BIGRAMS, head_names, speed_dtype, synthetic_of
 from drafttrain.evaluation.sweep import settings
 from drafttrain.evaluation.synthetic_study import NAME, work
 from drafttrain.models.acceptance_head import AcceptanceHeadConfig, load_config
@@ -85,7 +85,8 @@ def check_pair(parsed: Parsed, methods: Sequence[str]) -> str:
             Engine(without_storage(config, recipe.target.trust_remote_code))
     target = load_tokenizer(recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code)
     check_same_tokenizer(target, load_tokenizer(path, None, recipe.target.trust_remote_code), path)
-    _check_methods(methods, {"drafter", *head_names(run)}, parsed.allow_code)
+    members = {"drafter", *head_names(run), *recipe.evaluate.members} | ({BIGRAMS} if run.bigrams.exists() else set())
+    _check_methods(methods, members, parsed.allow_code)
     return path
 
 

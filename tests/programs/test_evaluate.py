@@ -207,6 +207,9 @@ def test_the_plan_runs_nothing_and_writes_nothing(files, tmp_path, capsys):
     assert "load: not studied" in text
     main(["evaluate", *flags(files, tmp_path / "run", "--plan", "--evaluate.batch_sizes", "[4, 1, 32]")])
     assert "3 methods x 32 requests x 1 repeats in batches of 1, 4, 32; at most 4,608 tokens" in capsys.readouterr().out
+    members = ("--evaluate.members", json.dumps({"small": str(files / "drafter")}))
+    main(["evaluate", *flags(files, tmp_path / "run", "--plan", *members, "--evaluate.methods", '["Model(small)"]')])
+    assert "what would run" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
