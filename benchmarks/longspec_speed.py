@@ -4,10 +4,10 @@
     python benchmarks/longspec_speed.py --quick     short contexts, few questions, a minute; its figures say nothing
 
 The reference target with the reference LongSpec drafter and the reference drafter (two layers distilled on the same
-stream, more than three times the block's parameters), bfloat16, greedy, on held-out *recall*, *self_correct* and
-*revise* of some thousand tokens. Each drafter's shape (a chain's length, a confidence that ends it, or a tree) is the
-one that is fastest on a first part of the questions; it is measured on the others, all methods interleaved. Reading the
-prompt is not counted.
+stream, with half as many parameters again as the block), bfloat16, greedy, on held-out *recall*, *self_correct* and
+*revise*, all turns, each behind so much text of other prompts that it has --length tokens. Each drafter's shape (a
+chain's length, a confidence that ends it, or a tree) is the one that is fastest on a first part of the questions; it is
+measured on the others, all methods interleaved. Reading the prompt is not counted.
 
 speedup_over_autoregressive     decoding rate of LongSpec over the target's alone
 speedup_over_causal_drafter     decoding rate of LongSpec over that with the ordinary drafter
@@ -21,6 +21,7 @@ kv_bytes_longspec, _causal      what each drafter keeps behind the longest promp
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import statistics
 import sys
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import finish  # noqa: E402
 from benchmarks.pair import CHECKPOINTS, GREEDY, held_out_questions, reference_models  # noqa: E402
 from drafttrain.decoding.counts import Completion, Counts  # noqa: E402
+from drafttrain.evaluation.filler import behind_filler  # noqa: E402
 from drafttrain.evaluation.pair import Models  # noqa: E402
 from drafttrain.evaluation.questions import Question  # noqa: E402
 from drafttrain.evaluation.runner import interleave  # noqa: E402
@@ -40,15 +42,21 @@ from drafttrain.models.loading import load_drafter  # noqa: E402
 
 BASE = "Autoregressive()"
 TASKS = ("recall", "self_correct", "revise")
-STOPS = [f"stop=Confidence({least}, max={most})" for least, most in ((0.3, 9), (0.5, 9), (0.5, 14), (0.7, 14))]
+FILLER = {"code": 12, "facts": 12}
+"""Conversations of other tasks, which are not asked."""
+
+OWN = 512
+"""Tokens of a conversation itself."""
+
+STOPS = [f"stop=Confidence({least}, max={most})" for least, most in ((0.3, 9), (0.5, 9), (0.7, 14))]
 SHAPES = {
     "longspec": [
-        *(f"LongSpec(block, length={length})" for length in (2, 3, 4, 6, 9)),
+        *(f"LongSpec(block, length={length})" for length in (2, 3, 4, 6)),
         *(f"LongSpec(block, {stop})" for stop in STOPS),
-        *(f"LongSpec(block, tree={widths})" for widths in ([2, 2, 2, 1], [2, 3, 3, 2, 2, 2])),
+        "LongSpec(block, tree=[2, 2, 2, 1])",
     ],
     "causal": [
-        *(f"Model(drafter, length={length})" for length in (1, 2, 3, 4, 6)),
+        *(f"Model(drafter, length={length})" for length in (1, 2, 3, 4)),
         *(f"Model(drafter, {stop})" for stop in STOPS),
     ],
 }
@@ -60,10 +68,7 @@ def main() -> None:
     options = _options()
     models = reference_models()
     models.others["block"] = load_drafter(options.drafter, "bfloat16")
-    asked = held_out_questions(
-        models, dict.fromkeys(TASKS, options.questions), options.tokens, dict.fromkeys(TASKS, options.length)
-    )
-    tuning, test = divided(asked, options.tuning)
+    tuning, test = divided(questions_at(models, options), options.tuning)
     found = run(models, tuning, [BASE, *SHAPES["longspec"], *SHAPES["causal"]], 1)
     tried = {method: rate(answers) for method, answers in found.items()}
     print({method: round(each / tried[BASE], 2) for method, each in tried.items()}, flush=True)
@@ -96,12 +101,28 @@ def main() -> None:
     finish("longspec_speed", figures, rows, options.output)
 
 
+def questions_at(models: Models, options: argparse.Namespace) -> list[Question]:
+    """All turns of the conversations, at the length that is wished."""
+    wanted = dict.fromkeys(TASKS, options.questions) | FILLER
+    found = held_out_questions(models, wanted, options.tokens, dict.fromkeys(wanted, min(OWN, options.length)))
+    asked = [
+        dataclasses.replace(question, prompt_id=f"{question.prompt_id}#{question.turn}", turn=0)
+        for question in found
+        if question.task in TASKS
+    ]
+    others = [question.ids for question in found if question.task in FILLER]
+    return behind_filler(asked, [options.length], others, models.context)
+
+
 def divided(asked: Sequence[Question], tuning: int) -> tuple[list[Question], list[Question]]:
-    """The first questions of every task, and the others."""
+    """The questions of the first conversations of every task, and the others."""
+    seen: dict[str, list[str]] = {task: [] for task in TASKS}
     first, others = [], []
     for question in asked:
-        same = [each for each in first if each.task == question.task]
-        (first if len(same) < tuning else others).append(question)
+        conversation, known = question.prompt_id.partition("#")[0], seen[question.task]
+        if conversation not in known:
+            known.append(conversation)
+        (first if known.index(conversation) < tuning else others).append(question)
     return first, others
 
 
@@ -143,16 +164,16 @@ def kept(models: Models, method: str, question: Question) -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drafter", default=str(CHECKPOINTS / "reference-longspec"), help="a LongSpec drafter")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a prompt with its reference answer")
-    parser.add_argument("--questions", type=int, default=12, help="conversations of each task")
-    parser.add_argument("--tuning", type=int, default=3, help="questions of each task that shapes are chosen on")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a prompt")
+    parser.add_argument("--questions", type=int, default=9, help="conversations of each task")
+    parser.add_argument("--tuning", type=int, default=2, help="conversations of each task that shapes are chosen on")
     parser.add_argument("--tokens", type=int, default=96, help="longest answer")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
     parser.add_argument("--quick", action="store_true", help="short and few")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     options = parser.parse_args()
     if options.quick:
-        options.length, options.questions, options.tokens, options.repeats = 512, 2, 16, 1
+        options.length, options.questions, options.tokens, options.repeats = 768, 2, 16, 1
         options.tuning = 1
     return options
 
