@@ -259,7 +259,7 @@ def _loss_delta(target: Loaded, blocks: Blocks, options: argparse.Namespace, **w
     positions = PositionsConfig(**{"served": options.served, "anchors": options.anchors} | wishes)
     placing = Placing.of(positions, max_context(target.model), 1, 0)
     deltas = []
-    for number in range(options.prompts // 2):
+    for number in range(2 * options.prompts):
         block = blocks[HELD_OUT + 90_000 + number]
         ids = block["input_ids"]
         placed = placing.positions(*_shape(ids), number)
