@@ -46,13 +46,14 @@ def kind_of(method: str) -> Kind:
 
 
 def family_of(method: str) -> str:
-    """What methods share their costs with: their kind, with the name of a head or of a class from outside."""
+    """What methods share their costs with: their kind, with the names of a head, other models, a class from outside."""
     kind = kind_of(method)
     if kind == "other":
         expression = parse_method(method)
         return f"{kind} {(_stop(expression) or expression).name}"
     name = head_of(method)
-    return f"{kind} {name}" if name else kind
+    others = sorted(parse_method(method).members - {"drafter", name}) if kind != "autoregressive" else []
+    return " ".join([kind, *([name] if name else []), *others])
 
 
 def parameter_of(method: str) -> float | None:

@@ -246,3 +246,14 @@ def test_a_head_trained_for_another_setting_is_named():
     }
     [note] = foreign_heads(heads, "greedy", Sampling(0.0))
     assert "`head` was trained for temperature 1:" in note and "greedy" in note
+
+
+def test_models_do_not_share_their_costs():
+    chains = [
+        "Model(drafter, length=3)",
+        "Model(drafter, length=5)",
+        "Model(small, length=3)",
+        "LongSpec(small, length=3)",
+    ]
+    assert [family_of(method) for method in chains] == ["fixed", "fixed", "fixed small", "fixed small"]
+    assert family_of("Model(drafter, stop=AcceptanceHead(head, 0.5))").endswith(" head")
