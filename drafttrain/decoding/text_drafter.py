@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
@@ -77,9 +78,9 @@ class TextDrafter(Drafter):
         self._rows = [self._rows[row] for row in rows]
         self._excluded = [self._excluded[row] for row in rows]
 
+    @abstractmethod
     def _found(self, index: TextIndex, more: Sequence[int], most: int) -> Found:
         """At most so many tokens behind text ++ more."""
-        raise NotImplementedError
 
     def _read(self, committed: Committed) -> None:
         """Index what is new."""
