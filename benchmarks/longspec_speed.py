@@ -1,19 +1,23 @@
 """Tokens a second of LongSpec drafting at long contexts, beside autoregressive decoding and an ordinary drafter.
 
     python benchmarks/longspec_speed.py --output results.json
+    python benchmarks/longspec_speed.py --eager     without compiled graphs
     python benchmarks/longspec_speed.py --quick     short contexts, few questions, a minute; its figures say nothing
 
 The reference target with the reference LongSpec drafter and the reference drafter (two layers distilled on the same
-stream, with half as many parameters again as the block), bfloat16, greedy, on held-out *recall*, *self_correct* and
-*revise*, all turns, each behind so much text of other prompts that it has --length tokens. Each drafter's shape (a
-chain's length, a confidence that ends it, or a tree) is the one that is fastest on a first part of the questions; it is
-measured on the others, all methods interleaved. Reading the prompt is not counted.
+stream, with half as many parameters again as the block), all compiled, bfloat16, greedy, on held-out *recall*,
+*self_correct* and *revise*, all turns, each behind so much text of other prompts that it has --length tokens. Each
+drafter's shape (a chain's length, a confidence that ends it, or a tree) is the one that is fastest on a first part of
+the questions; it is measured on the others, all methods interleaved. Reading the prompt is not counted.
 
 speedup_over_autoregressive     decoding rate of LongSpec over the target's alone
 speedup_over_causal_drafter     decoding rate of LongSpec over that with the ordinary drafter
 speedup_over_..._TASK           the same by task
 tau_longspec, tau_causal        tokens a round
 kv_bytes_longspec, _causal      what each drafter keeps behind the longest prompt
+tokens_per_second               of the target alone
+bound_RATE                      the best of LongSpec's chains over the target alone, were RATE % of its tokens accepted
+                                whatever it drafts (synthetic acceptance, so at the true cost of every part)
 
 `_low` and `_high` end 95 % intervals over questions.
 """
@@ -34,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import finish  # noqa: E402
 from benchmarks.pair import CHECKPOINTS, GREEDY, held_out_questions, reference_models  # noqa: E402
 from drafttrain.decoding.counts import Completion, Counts  # noqa: E402
+from drafttrain.decoding.synthetic import SyntheticAcceptance  # noqa: E402
 from drafttrain.evaluation.filler import behind_filler  # noqa: E402
 from drafttrain.evaluation.pair import Models  # noqa: E402
 from drafttrain.evaluation.questions import Question  # noqa: E402
@@ -49,9 +54,10 @@ OWN = 512
 """Tokens of a conversation itself."""
 
 STOPS = [f"stop=Confidence({least}, max={most})" for least, most in ((0.3, 9), (0.5, 9), (0.7, 14))]
+LENGTHS = (2, 3, 4, 6)
 SHAPES = {
     "longspec": [
-        *(f"LongSpec(block, length={length})" for length in (2, 3, 4, 6)),
+        *(f"LongSpec(block, length={length})" for length in LENGTHS),
         *(f"LongSpec(block, {stop})" for stop in STOPS),
         "LongSpec(block, tree=[2, 2, 2, 1])",
     ],
@@ -60,13 +66,16 @@ SHAPES = {
         *(f"Model(drafter, {stop})" for stop in STOPS),
     ],
 }
+RATES = 60, 70, 80, 90, 100
+"""Percent, of drafted tokens that are accepted where all before them were."""
+
 RESAMPLES = 1000
 
 
 def main() -> None:
     """Tune, measure, print."""
     options = _options()
-    models = reference_models()
+    models = reference_models(compiled=not options.eager)
     models.others["block"] = load_drafter(options.drafter, "bfloat16")
     tuning, test = divided(questions_at(models, options), options.tuning)
     found = run(models, tuning, [BASE, *SHAPES["longspec"], *SHAPES["causal"]], 1)
@@ -83,6 +92,8 @@ def main() -> None:
             places = [place for place, question in enumerate(test) if question.task == task]
             rates = [rate([side[place] for place in places]) for side in (own, base)]
             figures[f"speedup_over_{name}_{task}"] = rates[0] / rates[1]
+    figures["tokens_per_second"] = rate(measured[BASE])
+    figures |= bounds(models, test, rate(measured[BASE]))
     for name, method in chosen.items():
         counts = sum((runs[0].counts for runs in measured[method]), Counts())
         figures[f"tau_{name}"] = counts.tau
@@ -134,6 +145,16 @@ def run(
     return interleave(decoders, questions, 1, repeats, 1, "runs")
 
 
+def bounds(models: Models, questions: Sequence[Question], base: float) -> dict[str, float]:
+    """What the chains would reach at given rates of acceptance, over the target's own rate."""
+    found = {}
+    for percent in RATES:
+        fixed = dataclasses.replace(models, synthetic=SyntheticAcceptance([percent / 100]))
+        answers = run(fixed, questions, [f"LongSpec(block, length={length})" for length in LENGTHS], 1)
+        found[f"bound_{percent}"] = max(map(rate, answers.values())) / base
+    return found
+
+
 def seconds(runs: Sequence[Completion]) -> float:
     """Decoding time of an answer: its least disturbed repeat's."""
     return min(each.counts.decode_seconds for each in runs)
@@ -169,6 +190,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tuning", type=int, default=2, help="conversations of each task that shapes are chosen on")
     parser.add_argument("--tokens", type=int, default=96, help="longest answer")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--eager", action="store_true", help="run no compiled graphs")
     parser.add_argument("--quick", action="store_true", help="short and few")
     parser.add_argument("--output", type=Path, help="write figures and rows here, e.g. in benchmarks/results")
     options = parser.parse_args()

@@ -43,18 +43,19 @@ _MODULES = 40
 _BATCH = 16
 
 
-def reference_models(head: bool = False) -> Models:
+def reference_models(head: bool = False, compiled: bool = False) -> Models:
     """The committed pair as it is stored, in bfloat16; its engines come in any dtype.
 
     Args:
         head: with its acceptance head, SpecDec++ in the published form, which methods call "head".
+        compiled: all models as compiled graphs.
     """
     target = load_target(TargetConfig(path=str(CHECKPOINTS / "reference-target"), dtype="bfloat16"))
     drafter = load_drafter(str(CHECKPOINTS / "reference-drafter"), "bfloat16")
     ends = end_tokens(target.tokenizer, target.model.generation_config)
     pair = {"target": target.fingerprint, "drafter": drafter.fingerprint}
     heads = {"head": AcceptanceHead.load(CHECKPOINTS / "reference-head", **pair)} if head else {}
-    return Models(target, drafter, heads, ends, "bfloat16")
+    return Models(target, drafter, heads, ends, "bfloat16", compiled=compiled)
 
 
 def stream(target: Loaded, mixture: Mapping[str, float], tokens: int, length: int) -> Blocks:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from drafttrain.errors import UserError
@@ -149,15 +150,7 @@ class CompiledForward:
             masks = {name: _mask(positions_BQ, bound, window, kind, engine) for name, window in windows.items()}
             return read_block(engine, tokens_BQ, positions_BQ, masks, cache, kind.last)
 
-        graph = compiled(forward)
-        try:
-            with torch._inductor.config.patch(freezing=True), attending(engine.config, FOLDED):
-                graph(*self._stand_ins(kind))
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            name = type(engine.model).__name__
-            raise UserError(f"{name} cannot be compiled here ({reason}); leave evaluate.compile out.") from error
-        return graph
+        return compiled_or_refused(forward, self._stand_ins(kind), engine.model, engine.config)
 
     def _stand_ins(self, kind: Graph) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]], Given | None]:
         engine = self._engine
@@ -225,6 +218,34 @@ def compiled(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
     code = function.__code__.replace(co_name=f"forward_{next(_numbers)}")
     copy = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     return torch.compile(copy, dynamic=True, fullgraph=True, options={"guard_filter_fn": _guards_of_shapes})
+
+
+def compiled_or_refused(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    stand_ins: Sequence[object],
+    model: nn.Module,
+    config: PreTrainedConfig,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`compiled`, with frozen weights, once it has run on stand-in arguments.
+
+    Args:
+        function: of the stand-ins' kinds of arguments.
+        stand_ins: arguments of odd sizes.
+        model: that it runs, for the message.
+        config: of the transformers model whose attention it calls.
+
+    Raises:
+        UserError: there is no compiler, or the model cannot be captured.
+    """
+    graph = compiled(function)
+    try:
+        with torch._inductor.config.patch(freezing=True), attending(config, FOLDED):
+            graph(*stand_ins)
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        name = type(model).__name__
+        raise UserError(f"{name} cannot be compiled here ({reason}); leave evaluate.compile out.") from error
+    return graph
 
 
 def _guards_of_shapes(guards: Sequence[object]) -> list[bool]:

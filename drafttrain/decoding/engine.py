@@ -276,6 +276,10 @@ class Engine:
         hybrid = self._hybrid and cache.span.bound >= HYBRID_SLOTS
         return prepare_tree_mask(cache, tree, self.dtype, self.groups, window, hybrid)
 
+    def embeddings(self, tokens_BQ: Tensor) -> Tensor:
+        """[B, Q, H]."""
+        return self._embedding(tokens_BQ)
+
     def logits(self, hidden_BKH: Tensor) -> Tensor:
         """The output head over hidden states: [B, K, V] without padding rows."""
         logits_BKV = self._shape.apply(self._head(hidden_BKH))

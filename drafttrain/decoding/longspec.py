@@ -15,17 +15,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from drafttrain.decoding.compiled import CompiledForward
+from drafttrain.decoding.compiled_block import CompiledBlock, Seen
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import ModelDrafter, Setting
-from drafttrain.decoding.engine import Output, pad
+from drafttrain.decoding.engine import Engine, Output, pad
 from drafttrain.decoding.stopping import StoppingRule
 from drafttrain.decoding.target_view import TargetView
 from drafttrain.decoding.tree_drafter import TreeDrafter
 from drafttrain.errors import UserError
-from drafttrain.models.longspec import Attend, LongSpecConfig, LongSpecDrafter
+from drafttrain.models.longspec import LongSpecConfig, LongSpecDrafter
+from drafttrain.models.shared_target import RotaryOf
 from drafttrain.ops.attention import folded_attention
 from drafttrain.ops.random import Draws
-from drafttrain.ops.ring import Ring
+from drafttrain.ops.ring import Ring, Slots
 from drafttrain.ops.tree import TreeBlock
 from drafttrain.ops.upload import upload
 
@@ -38,7 +41,7 @@ class BlockEngine:
 
     Args:
         model: the block, in the target's dtype and on its device.
-        view: of its target.
+        target: the engine of its target.
 
     Raises:
         UserError: it was made for a target of another shape.
@@ -46,17 +49,17 @@ class BlockEngine:
 
     chunk = MARGIN
 
-    def __init__(self, model: LongSpecDrafter, view: TargetView) -> None:
+    def __init__(self, model: LongSpecDrafter, target: Engine) -> None:
         self.model = model.eval()
         self.config: LongSpecConfig = model.config
-        self.view = view
-        self.entries, self.vocabulary = view.engine.entries, view.engine.vocabulary
+        self.target = target
+        self.entries, self.vocabulary = target.entries, target.vocabulary
         self.max_positions = self.config.max_position_embeddings
-        _check_shape(self.config, view)
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-        self._mask_B11S: Tensor | None = None
+        _check_shape(self.config, target)
+        self._rotary = RotaryOf(target.model)
+        self._seen: Seen | None = None
         self._blind_B: Tensor | None = None
+        self.compiled = CompiledBlock(self) if isinstance(target.compiled, CompiledForward) else None
         self._nodes: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -80,25 +83,23 @@ class BlockEngine:
         return Ring(rows, config.window, MARGIN, *shape, self.dtype, self.device)
 
     def look(self, view: TargetView) -> None:
-        """Take up what the target has read by now: views of its cache, and which of their slots a row has.
+        """Take up what the target has read by now: storage of its cache, and which of its slots a row has.
 
         All steps of a round see the same.
         """
-        self.view = view
         lengths = view.lengths
-        self._mask_B11S = self._blind_B = None
+        self._seen = self._blind_B = None
         if not max(lengths):
-            self._keys = self._values = None
             return
-        self._keys, self._values = self.view.keys_values(self.config.kv_layer)
-        if min(lengths) == max(lengths):
-            return
-        lengths_B = upload(lengths, self.device)
-        slots_S = torch.arange(max(lengths), device=self.device)
-        hidden_BS = slots_S >= lengths_B.clamp(min=1).unsqueeze(1)
-        mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device)
-        self._mask_B11S = mask_BS.masked_fill_(hidden_BS, -torch.inf)[:, None, None]
-        self._blind_B = lengths_B == 0 if not min(lengths) else None
+        mask_B11S = None
+        if min(lengths) < max(lengths):
+            lengths_B = upload(lengths, self.device)
+            slots_S = torch.arange(max(lengths), device=self.device)
+            hidden_BS = slots_S >= lengths_B.clamp(min=1).unsqueeze(1)
+            mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device)
+            mask_B11S = mask_BS.masked_fill_(hidden_BS, -torch.inf)[:, None, None]
+            self._blind_B = lengths_B == 0 if not min(lengths) else None
+        self._seen = Seen(*view.keys_values(self.config.kv_layer), max(lengths), mask_B11S)
 
     def forward(
         self,
@@ -115,20 +116,49 @@ class BlockEngine:
         if tree is not None:
             return self._read_tree(ring, tokens_BQ, tree)
         positions_BQ = ring.next_positions(tokens_BQ.shape[1])
-        embedded_BQH = self.view.embeddings(tokens_BQ)
-        rotary = self.view.rotary(embedded_BQH, positions_BQ)
+        if self.compiled is not None and keep == "last" and counts is None and self._seen and self._blind_B is None:
+            hidden_B1H, logits_B1V = self.compiled(ring, tokens_BQ, positions_BQ, self._seen)
+            ring.advance(tokens_BQ.shape[1])
+            return Output(logits_B1V, hidden_B1H)
+        states_BKH = self.states(ring, tokens_BQ, positions_BQ, self._seen, counts, keep)
+        ring.advance(tokens_BQ.shape[1], counts)
+        return Output(None if keep is None else self.target.logits(states_BKH), states_BKH)
+
+    def states(
+        self,
+        slots: Slots,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        seen: Seen | None,
+        counts: Sequence[int] | None = None,
+        keep: str | None = "last",
+    ) -> Tensor:
+        """The block's states at tokens that are put into a ring, [B, K, H]; of a graph's slots, too.
+
+        Args:
+            slots: written to.
+            tokens_BQ, counts, keep: as of `forward`; where nothing is kept the states mean nothing.
+            positions_BQ: of the tokens.
+            seen: of the target; None if it has read nothing.
+        """
+        embedded_BQH = self.target.embeddings(tokens_BQ)
+        rotary = self._rotary(embedded_BQH, positions_BQ)
         normed_BQH = self.model.self_norm(embedded_BQH)
-        ring.write(*self.model.self_attn.keys_values(normed_BQH, rotary), positions_BQ, counts)
+        slots.put(*self.model.self_attn.keys_values(normed_BQH, rotary), positions_BQ, counts)
         if keep is None:
-            return Output(None, normed_BQH)
+            return normed_BQH
         if keep == "last" and tokens_BQ.shape[1] > 1:
             embedded_BQH, normed_BQH, positions_BQ, *rotary = _last(
                 counts, embedded_BQH, normed_BQH, positions_BQ, *rotary
             )
-        states_BKH = self.model.rest(
-            embedded_BQH, normed_BQH, tuple(rotary), self._windowed(ring, positions_BQ), self._reading
+        mask = self._additive(slots.visible(positions_BQ))
+        return self.model.rest(
+            embedded_BQH,
+            normed_BQH,
+            tuple(rotary),
+            lambda q_BNQD: self._attend(q_BNQD, slots.keys, slots.values, mask),
+            lambda q_BNQD: self._reading(q_BNQD, seen),
         )
-        return Output(self.view.logits(states_BKH), states_BKH)
 
     def read(self, ring: Ring, rows: Sequence[Sequence[int]]) -> None:
         """Read many tokens a row: of each only the last window of tokens, for nothing older can be seen."""
@@ -141,8 +171,8 @@ class BlockEngine:
     def _read_tree(self, ring: Ring, tokens_BQ: Tensor, tree: TreeBlock) -> Output:
         first_B1 = ring.next_positions(1)
         positions_BQ = first_B1 + tree.depth_BT[:, tree.before :]
-        embedded_BQH = self.view.embeddings(tokens_BQ)
-        rotary = self.view.rotary(embedded_BQH, positions_BQ)
+        embedded_BQH = self.target.embeddings(tokens_BQ)
+        rotary = self._rotary(embedded_BQH, positions_BQ)
         normed_BQH = self.model.self_norm(embedded_BQH)
         nodes = self.model.self_attn.keys_values(normed_BQH, rotary)
         if tree.before:
@@ -157,9 +187,9 @@ class BlockEngine:
             normed_BQH,
             tuple(rotary),
             lambda q_BNQD: self._attend(q_BNQD, keys, values, mask),
-            self._reading,
+            lambda q_BNQD: self._reading(q_BNQD, self._seen),
         )
-        return Output(self.view.logits(states_BQH), states_BQH)
+        return Output(self.target.logits(states_BQH), states_BQH)
 
     def _additive(self, visible_BQR: Tensor) -> Tensor:
         """A mask for folded queries."""
@@ -169,16 +199,11 @@ class BlockEngine:
             return mask_B1QR
         return mask_B1QR.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
 
-    def _windowed(self, ring: Ring, positions_BQ: Tensor) -> Attend:
-        def attend(q_BNQD: Tensor) -> Tensor:
-            return self._attend(q_BNQD, ring.keys, ring.values, self._additive(ring.visible(positions_BQ)))
-
-        return attend
-
-    def _reading(self, q_BNQD: Tensor) -> Tensor:
-        if self._keys is None:
+    def _reading(self, q_BNQD: Tensor, seen: Seen | None) -> Tensor:
+        if seen is None:
             return torch.zeros_like(q_BNQD)
-        found = self._attend(q_BNQD, self._keys, self._values, self._mask_B11S)
+        keys, values = seen.keys[:, :, : seen.bound], seen.values[:, :, : seen.bound]
+        found = self._attend(q_BNQD, keys, values, seen.mask_B11S)
         if self._blind_B is not None:
             found = found.masked_fill(self._blind_B[:, None, None, None], 0.0)
         return found
@@ -216,9 +241,9 @@ class LongSpec(ModelDrafter):
         """
         if setting.target_view is None:
             raise UserError(f"{self.name} reads its target while it drafts, and here is none; decode with a target.")
-        if self.engine is None or self.engine.view.engine is not setting.target_view.engine:
-            self.engine, self._committed = BlockEngine(self.model, setting.target_view), None
-        self.engine.view = self._view = setting.target_view
+        if self.engine is None or self.engine.target is not setting.target_view.engine:
+            self.engine, self._committed = BlockEngine(self.model, setting.target_view.engine), None
+        self._view = setting.target_view
         self._check(setting)
         kept = committed.shared_with(self._committed) if resume else None
         self._setting, self._committed, self._base = setting, committed, committed.lengths
@@ -277,8 +302,8 @@ class LongSpecTree(LongSpec, TreeDrafter):
         self._view = None
 
 
-def _check_shape(config: LongSpecConfig, view: TargetView) -> None:
-    target = view.engine.config
+def _check_shape(config: LongSpecConfig, engine: Engine) -> None:
+    target = engine.config
     size = getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads
     heads = getattr(target, "num_key_value_heads", None) or target.num_attention_heads
     pairs = {

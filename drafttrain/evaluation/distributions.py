@@ -209,7 +209,7 @@ def _ranks(models: Models, trial: Trial, case: Case, drawn: Sequence[Sequence[in
 def _alone(engine: Engine | BlockEngine) -> Any:
     """A model that says by itself what it would draw behind a text; a LongSpec drafter needs its target for that."""
     if isinstance(engine, BlockEngine):
-        return BesideTarget(engine.model, engine.view.engine.model)
+        return BesideTarget(engine.model, engine.target.model)
     return engine.model
 
 

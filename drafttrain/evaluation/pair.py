@@ -19,7 +19,6 @@ from drafttrain.decoding.longspec import BlockEngine
 from drafttrain.decoding.loop import Decoder
 from drafttrain.decoding.stop_strings import StopStrings
 from drafttrain.decoding.synthetic import SyntheticAcceptance
-from drafttrain.decoding.target_view import TargetView
 from drafttrain.dialogue import end_tokens
 from drafttrain.errors import UserError
 from drafttrain.evaluation.environment import fast_dtype, free_bytes
@@ -135,7 +134,7 @@ class Models:
         engines: list[Engine | BlockEngine] = [target]
         for model in models[1:]:
             if isinstance(model, LongSpecDrafter):
-                engines.append(BlockEngine(model, TargetView(target)))
+                engines.append(BlockEngine(model, target))
             else:
                 engines.append(Engine(model, self._known(model), compiled=compiled).checked())
         return tuple(engines)

@@ -22,7 +22,58 @@ NEVER = 1 << 62
 """Position of a slot that was never written: beyond any query."""
 
 
-class Ring:
+class Slots:
+    """Keys and values [B, M, R, D] and position [B, R] of every slot of a ring: what a compiled graph needs of it.
+
+    Args:
+        keys, values, positions_BR: changed in place.
+        window: a query at position t sees the positions t - window + 1 .. t.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, positions_BR: Tensor, window: int) -> None:
+        self.keys, self.values, self.positions_BR, self.window = keys, values, positions_BR, window
+
+    def put(
+        self, keys_BMQD: Tensor, values_BMQD: Tensor, positions_BQ: Tensor, counts: Sequence[int] | None = None
+    ) -> None:
+        """Write tokens.
+
+        Args:
+            keys_BMQD: at most as many tokens as there are slots.
+            values_BMQD: likewise.
+            positions_BQ: of the tokens, [B, Q], or [1, Q] where all rows agree.
+            counts: real tokens of each row, None for all; padding leaves no trace.
+        """
+        rows, slots_BQ = len(self.positions_BR), positions_BQ % self.positions_BR.shape[1]
+        if counts is not None:
+            real = [(row, column) for row, count in enumerate(counts) for column in range(count)]
+            rows_N, columns_N = upload(real, slots_BQ.device).view(-1, 2).unbind(1)
+            positions_N, slots_N = (each.expand(rows, -1)[rows_N, columns_N] for each in (positions_BQ, slots_BQ))
+            self.keys[rows_N, :, slots_N] = keys_BMQD[rows_N, :, columns_N]
+            self.values[rows_N, :, slots_N] = values_BMQD[rows_N, :, columns_N]
+            self.positions_BR[rows_N, slots_N] = positions_N
+        elif len(slots_BQ) == 1:
+            slots_Q = slots_BQ[0]
+            self.keys.index_copy_(2, slots_Q, keys_BMQD)
+            self.values.index_copy_(2, slots_Q, values_BMQD)
+            self.positions_BR.index_copy_(1, slots_Q, positions_BQ.expand(rows, -1))
+        else:
+            rows_B1 = torch.arange(rows, device=slots_BQ.device).unsqueeze(1)
+            self.keys[rows_B1, :, slots_BQ] = keys_BMQD.transpose(1, 2)
+            self.values[rows_B1, :, slots_BQ] = values_BMQD.transpose(1, 2)
+            self.positions_BR.scatter_(1, slots_BQ, positions_BQ)
+
+    def visible(self, positions_BQ: Tensor) -> Tensor:
+        """Which slots each query sees: bool [B, Q, R].
+
+        Args:
+            positions_BQ: of the queries, [B or 1, Q]; the text before each must have been written.
+        """
+        positions_B1R, query_BQ1 = self.positions_BR.unsqueeze(1), positions_BQ.unsqueeze(2)
+        return (positions_B1R <= query_BQ1) & (positions_B1R > query_BQ1 - self.window)
+
+
+class Ring(Slots):
     """Keys and values [B, M, R, D] of the last positions of every row.
 
     Args:
@@ -48,12 +99,10 @@ class Ring:
         device: torch.device,
     ) -> None:
         self.lengths = [0] * rows
-        self.window, self.margin, self.slots = window, margin, window + margin
+        self.margin, self.slots = margin, window + margin
         self.device = device
-        self.keys, self.values = (
-            torch.zeros(rows, heads, self.slots, size, dtype=dtype, device=device) for _ in range(2)
-        )
-        self.positions_BR = torch.full((rows, self.slots), NEVER, device=device)
+        keys, values = (torch.zeros(rows, heads, self.slots, size, dtype=dtype, device=device) for _ in range(2))
+        super().__init__(keys, values, torch.full((rows, self.slots), NEVER, device=device), window)
         self._floors = [0] * rows  # from here on each row is whole
         self._lengths_B: Tensor | None = None
 
@@ -78,49 +127,19 @@ class Ring:
     def write(
         self, keys_BMQD: Tensor, values_BMQD: Tensor, positions_BQ: Tensor, counts: Sequence[int] | None = None
     ) -> None:
-        """Write the next tokens of every row and count them as read.
+        """`put` the next tokens of every row, at `next_positions`, and count them as read."""
+        self.put(keys_BMQD, values_BMQD, positions_BQ, counts)
+        self.advance(keys_BMQD.shape[2], counts)
 
-        Args:
-            keys_BMQD: at most `window` + `margin` tokens.
-            values_BMQD: likewise.
-            positions_BQ: from `next_positions`.
-            counts: real tokens of each row, None for all; padding leaves no trace.
-        """
-        width = keys_BMQD.shape[2]
-        slots_BQ = positions_BQ % self.slots
-        if counts is not None:
-            rows = [row for row, count in enumerate(counts) for _ in range(count)]
-            columns = [column for count in counts for column in range(count)]
-            rows_N, columns_N = upload(rows, self.device), upload(columns, self.device)
-            positions_BQ, slots_BQ = (value.expand(self.rows, -1) for value in (positions_BQ, slots_BQ))
-            slots_N = slots_BQ[rows_N, columns_N]
-            self.keys[rows_N, :, slots_N] = keys_BMQD[rows_N, :, columns_N]
-            self.values[rows_N, :, slots_N] = values_BMQD[rows_N, :, columns_N]
-            self.positions_BR[rows_N, slots_N] = positions_BQ[rows_N, columns_N]
-            self._grow(counts)
-            return
-        if len(slots_BQ) == 1:
-            slots_Q = slots_BQ[0]
-            self.keys.index_copy_(2, slots_Q, keys_BMQD)
-            self.values.index_copy_(2, slots_Q, values_BMQD)
-            self.positions_BR.index_copy_(1, slots_Q, positions_BQ.expand(self.rows, -1))
-        else:
-            rows_B1 = torch.arange(self.rows, device=self.device).unsqueeze(1)
-            self.keys[rows_B1, :, slots_BQ] = keys_BMQD.transpose(1, 2)
-            self.values[rows_B1, :, slots_BQ] = values_BMQD.transpose(1, 2)
-            self.positions_BR.scatter_(1, slots_BQ, positions_BQ)
-        ahead_B = None if self._lengths_B is None else self._lengths_B + width
-        self._grow([width] * self.rows)
-        self._lengths_B = ahead_B
-
-    def visible(self, positions_BQ: Tensor) -> Tensor:
-        """Which slots each query sees: bool [B, Q, R].
-
-        Args:
-            positions_BQ: of the queries, [B or 1, Q]; the text before each must have been written.
-        """
-        positions_B1R, query_BQ1 = self.positions_BR.unsqueeze(1), positions_BQ.unsqueeze(2)
-        return (positions_B1R <= query_BQ1) & (positions_B1R > query_BQ1 - self.window)
+    def advance(self, width: int, counts: Sequence[int] | None = None) -> None:
+        """Count tokens that were put into the rows as read: their counts, or the width."""
+        ahead_B = None if self._lengths_B is None or counts is not None else self._lengths_B + width
+        counts = [width] * self.rows if counts is None else counts
+        self._set([length + count for length, count in zip(self.lengths, counts, strict=True)])
+        pairs = zip(self._floors, self.lengths, strict=True)
+        self._floors = [max(floor, length - self.slots) for floor, length in pairs]
+        if ahead_B is not None:
+            self._lengths_B = ahead_B
 
     def skip(self, counts: Sequence[int]) -> None:
         """Pass over so many tokens in each row; where there are any, nothing before them can be gone back to."""
@@ -153,11 +172,6 @@ class Ring:
     def memory_bytes(self) -> int:
         """Bytes allocated for keys, values and positions."""
         return sum(value.nbytes for value in (self.keys, self.values, self.positions_BR))
-
-    def _grow(self, counts: Sequence[int]) -> None:
-        self._set([length + count for length, count in zip(self.lengths, counts, strict=True)])
-        pairs = zip(self._floors, self.lengths, strict=True)
-        self._floors = [max(floor, length - self.slots) for floor, length in pairs]
 
     def _set(self, lengths: list[int]) -> None:
         if lengths != self.lengths:
