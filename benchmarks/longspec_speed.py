@@ -2,24 +2,26 @@
 
     python benchmarks/longspec_speed.py --output results.json
     python benchmarks/longspec_speed.py --eager     without compiled graphs
-    python benchmarks/longspec_speed.py --quick     short contexts, few questions, a minute; its figures say nothing
+    python benchmarks/longspec_speed.py --quick     short, few questions, eager, a minute; its figures say nothing
 
 The reference target with the reference LongSpec drafter and the reference drafter (two layers distilled on the same
-stream, with half as many parameters again as the block), all compiled, bfloat16, greedy, on held-out *recall*,
-*self_correct* and *revise*, all turns, each behind so much text of other prompts that it has --length tokens. Each
-drafter's shape (a chain's length, a confidence that ends it, or a tree) is the one that is fastest on a first part of
-the questions; it is measured on the others, all methods interleaved. Reading the prompt is not counted.
+stream, with half as many parameters again as the block), compiled but for LongSpec's trees, bfloat16, greedy, on
+held-out *recall*, *self_correct* and *revise*, all turns, each behind so much text of other prompts that it has
+--length tokens. Each drafter's shape (a chain's length, a confidence that ends it, or a tree) is the one that is
+fastest on a first part of the questions; it is measured on the others, all methods interleaved. Reading the prompt is
+not counted.
 
 speedup_over_autoregressive     decoding rate of LongSpec over the target's alone
 speedup_over_causal_drafter     decoding rate of LongSpec over that with the ordinary drafter
 speedup_over_..._TASK           the same by task
-tau_longspec, tau_causal        tokens a round
+tau_longspec, tau_causal        tokens a round; ..._TASK by task
 kv_bytes_longspec, _causal      what each drafter keeps behind the longest prompt
 tokens_per_second               of the target alone
-bound_RATE                      the best of LongSpec's chains over the target alone, were RATE % of its tokens accepted
-                                whatever it drafts (synthetic acceptance, so at the true cost of every part)
+speedup_at_RATE                 LongSpec over the target alone, were each token that is reached accepted in RATE % of
+                                the cases, whatever is drafted (synthetic acceptance; every part costs what it does):
+                                the best of some chains, on a few of the same questions
 
-`_low` and `_high` end 95 % intervals over questions.
+`_low` and `_high` end 95 % intervals over conversations.
 """
 
 from __future__ import annotations
@@ -64,10 +66,11 @@ SHAPES = {
     "causal": [
         *(f"Model(drafter, length={length})" for length in (1, 2, 3, 4)),
         *(f"Model(drafter, {stop})" for stop in STOPS),
+        "Model(drafter, tree=[2, 2, 2, 1])",
     ],
 }
-RATES = 60, 70, 80, 90, 100
-"""Percent, of drafted tokens that are accepted where all before them were."""
+RATES, FIXED, FEW = (70, 80, 90, 100), (3, 4, 6, 9), 12
+"""Percent of the tokens that are accepted where all before them were; lengths and questions that this is asked of."""
 
 RESAMPLES = 1000
 
@@ -87,16 +90,16 @@ def main() -> None:
     figures: dict[str, float] = {}
     for name, method in (("autoregressive", BASE), ("causal_drafter", chosen["causal"])):
         own, base = measured[chosen["longspec"]], measured[method]
-        figures |= ratio(f"speedup_over_{name}", own, base)
+        figures |= ratio(f"speedup_over_{name}", own, base, test)
         for task in TASKS:
-            places = [place for place, question in enumerate(test) if question.task == task]
-            rates = [rate([side[place] for place in places]) for side in (own, base)]
+            rates = [rate(of_task(side, test, task)) for side in (own, base)]
             figures[f"speedup_over_{name}_{task}"] = rates[0] / rates[1]
     figures["tokens_per_second"] = rate(measured[BASE])
-    figures |= bounds(models, test, rate(measured[BASE]))
+    figures |= at_rates(models, test[:: max(1, len(test) // FEW)], options.repeats)
     for name, method in chosen.items():
-        counts = sum((runs[0].counts for runs in measured[method]), Counts())
-        figures[f"tau_{name}"] = counts.tau
+        figures[f"tau_{name}"] = tau(measured[method])
+        for task in TASKS:
+            figures[f"tau_{name}_{task}"] = tau(of_task(measured[method], test, task))
         figures[f"kv_bytes_{name}"] = kept(models, method, max(test, key=lambda question: len(question.ids)))
     rows = [
         {
@@ -130,11 +133,16 @@ def divided(asked: Sequence[Question], tuning: int) -> tuple[list[Question], lis
     seen: dict[str, list[str]] = {task: [] for task in TASKS}
     first, others = [], []
     for question in asked:
-        conversation, known = question.prompt_id.partition("#")[0], seen[question.task]
-        if conversation not in known:
-            known.append(conversation)
-        (first if known.index(conversation) < tuning else others).append(question)
+        name, known = conversation(question), seen[question.task]
+        if name not in known:
+            known.append(name)
+        (first if known.index(name) < tuning else others).append(question)
     return first, others
+
+
+def conversation(question: Question) -> str:
+    """That it is a turn of."""
+    return question.prompt_id.partition("#")[0]
 
 
 def run(
@@ -145,14 +153,18 @@ def run(
     return interleave(decoders, questions, 1, repeats, 1, "runs")
 
 
-def bounds(models: Models, questions: Sequence[Question], base: float) -> dict[str, float]:
-    """What the chains would reach at given rates of acceptance, over the target's own rate."""
-    found = {}
+def at_rates(models: Models, questions: Sequence[Question], repeats: int) -> dict[str, float]:
+    """What the best of some chains would reach at given rates of acceptance, over the target's own rate."""
+    decoders = {BASE: models.decoder(BASE, GREEDY, 0)}
     for percent in RATES:
         fixed = dataclasses.replace(models, synthetic=SyntheticAcceptance([percent / 100]))
-        answers = run(fixed, questions, [f"LongSpec(block, length={length})" for length in LENGTHS], 1)
-        found[f"bound_{percent}"] = max(map(rate, answers.values())) / base
-    return found
+        for length in FIXED:
+            decoders[f"{percent} {length}"] = fixed.decoder(f"LongSpec(block, length={length})", GREEDY, 0)
+    rates = {name: rate(runs) for name, runs in interleave(decoders, questions, 1, repeats, 1, "rates").items()}
+    return {
+        f"speedup_at_{percent}": max(rates[f"{percent} {length}"] for length in FIXED) / rates[BASE]
+        for percent in RATES
+    }
 
 
 def seconds(runs: Sequence[Completion]) -> float:
@@ -165,11 +177,31 @@ def rate(answers: Sequence[Sequence[Completion]]) -> float:
     return sum(len(runs[0].token_ids) for runs in answers) / sum(map(seconds, answers))
 
 
-def ratio(name: str, own: Sequence[Sequence[Completion]], base: Sequence[Sequence[Completion]]) -> dict[str, float]:
-    """Ratio of rates, with its interval over questions."""
+def tau(answers: Sequence[Sequence[Completion]]) -> float:
+    """Tokens a round."""
+    return sum((runs[0].counts for runs in answers), Counts()).tau
+
+
+def of_task(
+    answers: Sequence[Sequence[Completion]], questions: Sequence[Question], task: str
+) -> list[Sequence[Completion]]:
+    """The answers to the questions of a task."""
+    return [runs for runs, question in zip(answers, questions, strict=True) if question.task == task]
+
+
+def ratio(
+    name: str,
+    own: Sequence[Sequence[Completion]],
+    base: Sequence[Sequence[Completion]],
+    questions: Sequence[Question],
+) -> dict[str, float]:
+    """Ratio of rates, with its interval over conversations."""
+    turns: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        turns.setdefault(conversation(question), []).append(place)
     draw, resampled = random.Random(0), []
     for _ in range(RESAMPLES):
-        places = draw.choices(range(len(own)), k=len(own))
+        places = [place for each in draw.choices(list(turns.values()), k=len(turns)) for place in each]
         resampled.append(rate([own[place] for place in places]) / rate([base[place] for place in places]))
     cuts = statistics.quantiles(resampled, n=40)
     return {name: rate(own) / rate(base), f"{name}_low": cuts[0], f"{name}_high": cuts[-1]}
@@ -196,7 +228,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.length, options.questions, options.tokens, options.repeats = 768, 2, 16, 1
-        options.tuning = 1
+        options.tuning, options.eager = 1, True
     return options
 
 

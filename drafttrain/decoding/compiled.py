@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from drafttrain.errors import UserError
@@ -30,7 +29,7 @@ from drafttrain.ops.cache import DenseCache, GraphLayer
 if TYPE_CHECKING:
     from drafttrain.decoding.engine import Engine
 
-STAND_IN_ROWS, STAND_IN_WIDTH, STAND_IN_BOUND, _SLOTS = 3, 5, 37, 256
+STAND_IN_ROWS, STAND_IN_WIDTH, STAND_IN_BOUND, STAND_IN_SLOTS = 3, 5, 37, 256
 """Sizes that a graph is made on: different from each other, from 1, and from any that the model has."""
 
 
@@ -150,12 +149,13 @@ class CompiledForward:
             masks = {name: _mask(positions_BQ, bound, window, kind, engine) for name, window in windows.items()}
             return read_block(engine, tokens_BQ, positions_BQ, masks, cache, kind.last)
 
-        return compiled_or_refused(forward, self._stand_ins(kind), engine.model, engine.config)
+        with attending(engine.config, FOLDED):
+            return compiled_or_refused(forward, self._stand_ins(kind), engine.model)
 
     def _stand_ins(self, kind: Graph) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]], Given | None]:
         engine = self._engine
         rows, width = 1 if kind.single else STAND_IN_ROWS, 1 if kind.narrow else STAND_IN_WIDTH
-        cache = engine.new_cache(rows, _SLOTS)
+        cache = engine.new_cache(rows, STAND_IN_SLOTS)
         engine.forward(cache, torch.zeros(rows, 1, dtype=torch.int64), keep=None)  # allocates, without a graph
         slots = torch.arange(STAND_IN_BOUND - width, STAND_IN_BOUND)
         if not kind.aligned:
@@ -221,10 +221,7 @@ def compiled(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
 
 
 def compiled_or_refused(
-    function: Callable[..., tuple[Tensor, Tensor]],
-    stand_ins: Sequence[object],
-    model: nn.Module,
-    config: PreTrainedConfig,
+    function: Callable[..., tuple[Tensor, Tensor]], stand_ins: Sequence[object], model: nn.Module
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """`compiled`, with frozen weights, once it has run on stand-in arguments.
 
@@ -232,14 +229,14 @@ def compiled_or_refused(
         function: of the stand-ins' kinds of arguments.
         stand_ins: arguments of odd sizes.
         model: that it runs, for the message.
-        config: of the transformers model whose attention it calls.
 
     Raises:
         UserError: there is no compiler, or the model cannot be captured.
     """
     graph = compiled(function)
     try:
-        with torch._inductor.config.patch(freezing=True), attending(config, FOLDED):
+        # Equal sizes are no reason for one symbol: a stand-in's may happen to be one of the model's.
+        with torch._inductor.config.patch(freezing=True), torch.fx.experimental._config.patch(use_duck_shape=False):
             graph(*stand_ins)
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -2,7 +2,8 @@
 
 A block is small: read step by step, most of its time goes into Python and dispatch. Lengths of texts, rings and batches
 are symbols of a graph, as in `drafttrain.decoding.compiled`; one graph serves each combination of single or several
-rows, one or several tokens, and rows of equal or of different length.
+rows, one or several tokens, rings of equal or of different length, and the target's caches likewise. Rows with unequal
+numbers of new tokens, trees, and texts of which the target has read nothing are read uncompiled.
 """
 
 # B batch, Q query width, R ring slots, S slots of the target, M key heads, D head size, H hidden, V vocabulary
@@ -15,13 +16,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from drafttrain.decoding.compiled import STAND_IN_BOUND, STAND_IN_ROWS, STAND_IN_WIDTH, compiled_or_refused
+from drafttrain.decoding.compiled import (
+    STAND_IN_BOUND,
+    STAND_IN_ROWS,
+    STAND_IN_SLOTS,
+    STAND_IN_WIDTH,
+    compiled_or_refused,
+)
 from drafttrain.ops.ring import Slots
 
 if TYPE_CHECKING:
     from drafttrain.decoding.longspec import BlockEngine
-
-_SLOTS = 256
 
 
 class Seen(NamedTuple):
@@ -31,15 +36,19 @@ class Seen(NamedTuple):
         keys, values: storage [B, M, S, D].
         bound: slots that hold something.
         mask_B11S: additive, over the bound; None where all rows have all of it.
+        blind_B: rows of which the target has read nothing; None for none.
     """
 
     keys: Tensor
     values: Tensor
     bound: int
-    mask_B11S: Tensor | None
+    mask_B11S: Tensor | None = None
+    blind_B: Tensor | None = None
 
 
 class _Kind(NamedTuple):
+    """What a graph is compiled for: one row, one token a row, rings of one length, caches of unlike lengths."""
+
     single: bool
     narrow: bool
     aligned: bool
@@ -50,7 +59,7 @@ class CompiledBlock:
     """Stands in for the forward of a block where only the last token's logits are wanted.
 
     Args:
-        engine: whose block is compiled; its weights must not change afterwards, they become part of the graphs.
+        engine: whose block is compiled, with the target's embedding and head; their weights must not change afterwards.
 
     Attributes:
         graphs: made so far.
@@ -60,12 +69,16 @@ class CompiledBlock:
         self._engine = engine
         self.graphs: dict[_Kind, Callable[..., tuple[Tensor, Tensor]]] = {}
 
+    def fits(self, seen: Seen | None) -> bool:
+        """Whether graphs can read what is seen of the target; a size of one would be none of their symbols."""
+        return seen is not None and seen.bound > 1 and seen.blind_B is None
+
     @torch.inference_mode()
     def __call__(self, ring: Slots, tokens_BQ: Tensor, positions_BQ: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
         """Put tokens into a ring and read the last of every row.
 
         Args:
-            ring: whose slots are written; its lengths are not counted on.
+            ring: whose slots are written; its lengths are left to the caller.
             tokens_BQ: int64 [B, Q].
             positions_BQ: theirs, [B, Q], or [1, Q] where all rows agree.
             seen: of the target.
@@ -95,14 +108,16 @@ class CompiledBlock:
             states_B1H = engine.states(Slots(keys, values, positions_BR, window), tokens_BQ, positions_BQ, seen)
             return states_B1H, engine.target.logits(states_B1H)
 
-        return compiled_or_refused(forward, self._stand_ins(kind), engine.model, engine.target.config)
+        return compiled_or_refused(forward, self._stand_ins(kind), engine.model)
 
     def _stand_ins(self, kind: _Kind) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Seen]:
         engine, config = self._engine, self._engine.target.config
+        heads = config.num_attention_heads // engine.target.groups
         rows, width = 1 if kind.single else STAND_IN_ROWS, 1 if kind.narrow else STAND_IN_WIDTH
         ring = engine.new_cache(rows)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        keys, values = (torch.zeros(rows, heads, _SLOTS, engine.config.head_dim, dtype=engine.dtype) for _ in range(2))
+        keys, values = (
+            torch.zeros(rows, heads, STAND_IN_SLOTS, engine.config.head_dim, dtype=engine.dtype) for _ in range(2)
+        )
         mask = torch.zeros(rows, 1, 1, STAND_IN_BOUND, dtype=engine.dtype) if kind.masked else None
         positions = torch.arange(STAND_IN_BOUND, STAND_IN_BOUND + width).repeat(1 if kind.aligned else rows, 1)
         tokens = torch.zeros(rows, width, dtype=torch.int64)

@@ -44,7 +44,7 @@ class BlockEngine:
         target: the engine of its target.
 
     Raises:
-        UserError: it was made for a target of another shape.
+        UserError: it was made for a target of another shape, or this one has no rotary embedding.
     """
 
     chunk = MARGIN
@@ -58,7 +58,6 @@ class BlockEngine:
         _check_shape(self.config, target)
         self._rotary = RotaryOf(target.model)
         self._seen: Seen | None = None
-        self._blind_B: Tensor | None = None
         self.compiled = CompiledBlock(self) if isinstance(target.compiled, CompiledForward) else None
         self._nodes: tuple[Tensor, Tensor] | None = None
 
@@ -88,18 +87,18 @@ class BlockEngine:
         All steps of a round see the same.
         """
         lengths = view.lengths
-        self._seen = self._blind_B = None
+        self._seen = None
         if not max(lengths):
             return
-        mask_B11S = None
+        mask_B11S = blind_B = None
         if min(lengths) < max(lengths):
             lengths_B = upload(lengths, self.device)
             slots_S = torch.arange(max(lengths), device=self.device)
             hidden_BS = slots_S >= lengths_B.clamp(min=1).unsqueeze(1)
             mask_BS = torch.zeros(hidden_BS.shape, dtype=self.dtype, device=self.device)
             mask_B11S = mask_BS.masked_fill_(hidden_BS, -torch.inf)[:, None, None]
-            self._blind_B = lengths_B == 0 if not min(lengths) else None
-        self._seen = Seen(*view.keys_values(self.config.kv_layer), max(lengths), mask_B11S)
+            blind_B = lengths_B == 0 if not min(lengths) else None
+        self._seen = Seen(*view.keys_values(self.config.kv_layer), max(lengths), mask_B11S, blind_B)
 
     def forward(
         self,
@@ -116,7 +115,7 @@ class BlockEngine:
         if tree is not None:
             return self._read_tree(ring, tokens_BQ, tree)
         positions_BQ = ring.next_positions(tokens_BQ.shape[1])
-        if self.compiled is not None and keep == "last" and counts is None and self._seen and self._blind_B is None:
+        if self.compiled is not None and keep == "last" and counts is None and self.compiled.fits(self._seen):
             hidden_B1H, logits_B1V = self.compiled(ring, tokens_BQ, positions_BQ, self._seen)
             ring.advance(tokens_BQ.shape[1])
             return Output(logits_B1V, hidden_B1H)
@@ -204,8 +203,8 @@ class BlockEngine:
             return torch.zeros_like(q_BNQD)
         keys, values = seen.keys[:, :, : seen.bound], seen.values[:, :, : seen.bound]
         found = self._attend(q_BNQD, keys, values, seen.mask_B11S)
-        if self._blind_B is not None:
-            found = found.masked_fill(self._blind_B[:, None, None, None], 0.0)
+        if seen.blind_B is not None:
+            found = found.masked_fill(seen.blind_B[:, None, None, None], 0.0)
         return found
 
     def _attend(self, q_BNQD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -33,6 +33,4 @@ class TargetView:
         What lies beyond a row's own length means nothing.
         """
         held, rows = self.cache.layers[layer], self.cache.rows
-        if rows == len(held.keys):
-            return held.keys, held.values
         return held.keys[:rows], held.values[:rows]

@@ -124,15 +124,8 @@ class Ring(Slots):
             self._lengths_B = upload(self.lengths, self.device)
         return self._lengths_B.unsqueeze(1) + torch.arange(width, device=self.device)
 
-    def write(
-        self, keys_BMQD: Tensor, values_BMQD: Tensor, positions_BQ: Tensor, counts: Sequence[int] | None = None
-    ) -> None:
-        """`put` the next tokens of every row, at `next_positions`, and count them as read."""
-        self.put(keys_BMQD, values_BMQD, positions_BQ, counts)
-        self.advance(keys_BMQD.shape[2], counts)
-
     def advance(self, width: int, counts: Sequence[int] | None = None) -> None:
-        """Count tokens that were put into the rows as read: their counts, or the width."""
+        """Count tokens that were put at `next_positions` as read: their counts, or the width of all rows."""
         ahead_B = None if self._lengths_B is None or counts is not None else self._lengths_B + width
         counts = [width] * self.rows if counts is None else counts
         self._set([length + count for length, count in zip(self.lengths, counts, strict=True)])

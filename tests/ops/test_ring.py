@@ -17,7 +17,8 @@ def new_ring(rows: int) -> Ring:
 
 def write(ring: Ring, tokens: list[list[int]], counts: list[int] | None = None) -> None:
     states = torch.tensor(tokens, dtype=torch.float32)[:, None, :, None].expand(-1, 2, -1, 3)
-    ring.write(states, -states, ring.next_positions(states.shape[2]), counts)
+    ring.put(states, -states, ring.next_positions(states.shape[2]), counts)
+    ring.advance(states.shape[2], counts)
 
 
 def seen(ring: Ring) -> list[list[int]]:
