@@ -3,7 +3,7 @@
     from drafttrain.testing import check_drafter
 
     def test_my_drafter():
-        check_drafter(lambda engine: MyDrafter(engine, k=3))
+        assert check_drafter(lambda engine: MyDrafter(engine, k=3)).accepted
 
 The models are tiny and random, so all of it takes seconds on a CPU. Whatever fails raises an AssertionError with a
 sentence that says what is broken.
@@ -17,11 +17,12 @@ import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drafttrain.decoding.counts import Completion
+from drafttrain.decoding.counts import Completion, Counts
 from drafttrain.decoding.draft import Committed, Draft
 from drafttrain.decoding.drafters import Drafter, ModelDrafter, Setting
 from drafttrain.decoding.engine import Engine
@@ -56,7 +57,22 @@ _DEPTH = 3  # tokens of each answer that are looked at
 _HOTTER = 1.6
 
 
-def check_drafter(factory: Callable[[Engine], Drafter]) -> None:
+class Checked(NamedTuple):
+    """What passed: how much there was to check, and how much of the checks was itself checked.
+
+    Attributes:
+        drafted: tokens proposed in watched rounds.
+        accepted: of them.
+        controls: wrong distributions that the test of sampled text rejected; for every sampling a hotter target's, and
+            a wrong q's where any is declared.
+    """
+
+    drafted: int
+    accepted: int
+    controls: int
+
+
+def check_drafter(factory: Callable[[Engine], Drafter]) -> Checked:
     """Hold a drafter to its interface.
 
     * state: after every round, with rows of unlike lengths leaving the batch, behind a prefix, after rounds in which
@@ -80,12 +96,12 @@ def check_drafter(factory: Callable[[Engine], Drafter]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more only wait for each other over models this small
     try:
-        _check(target, lambda: factory(engine))
+        return _check(target, lambda: factory(engine))
     finally:
         torch.set_num_threads(threads)
 
 
-def check_rule(factory: Callable[[], StoppingRule]) -> None:
+def check_rule(factory: Callable[[], StoppingRule]) -> Checked:
     """Hold a stopping rule to its interface: `check_drafter` of a model that drafts under it.
 
     Args:
@@ -97,29 +113,30 @@ def check_rule(factory: Callable[[], StoppingRule]) -> None:
     missing = lacking(factory(), StoppingRule)
     if missing:
         raise AssertionError(f"the rule lacks {', '.join(missing)}")
-    check_drafter(lambda engine: ModelDrafter(engine, stop=factory()))
+    return check_drafter(lambda engine: ModelDrafter(engine, stop=factory()))
 
 
-def _check(target: Engine, make: Callable[[], Drafter]) -> None:
+def _check(target: Engine, make: Callable[[], Drafter]) -> Checked:
     with _during("made by the factory"):
         _check_interface(make)
-    drafted = 0
+    counts, controls = Counts(), 0
     for sampling in (_GREEDY, _SAMPLED):
         with _during("in a batch that rows leave one by one"):
-            drafted += _check_rounds(target, make, sampling)
+            counts += _check_rounds(target, make, sampling)
         with _during("behind a prefix, or after a round in which it was not asked"):
             _check_prefixes(target, make, sampling)
         with _during("in the turns of a chat"):
             _check_turns(target, make, sampling)
         with _during("in a batch"):
             _check_rows(target, make, sampling)
-    if not drafted:
+    if not counts.drafted:
         raise AssertionError(f"it proposed nothing behind any of {_PROMPTS}, so nothing was tested")
     with _during("decoding greedily"):
         _check_greedy(target, make)
     for sampling in _DRAWN:
         with _during("sampling"):
-            _check_distribution(target, make, sampling)
+            controls += _check_distribution(target, make, sampling)
+    return Checked(counts.drafted, counts.accepted, controls)
 
 
 # ---- the models ----
@@ -357,17 +374,13 @@ def _check_prefixes(target: Engine, make: Callable[[], Drafter], sampling: Sampl
     propose(None, [3, 3, 3])
 
 
-def _check_rounds(target: Engine, make: Callable[[], Drafter], sampling: Sampling) -> int:
-    """Decode with every round watched.
-
-    Returns:
-        drafted tokens.
-    """
-    drafted = 0
+def _check_rounds(target: Engine, make: Callable[[], Drafter], sampling: Sampling) -> Counts:
+    """Decode with every round watched."""
+    total = Counts()
     for eos in ((), (_EOS,)):
         completions = Decoder(target, _Watched(make), sampling, eos).generate(_PROMPTS, _LIMITS)
-        drafted += sum(completion.counts for completion in completions).drafted
-    return drafted
+        total = sum((completion.counts for completion in completions), total)
+    return total
 
 
 def _check_turns(target: Engine, make: Callable[[], Drafter], sampling: Sampling) -> None:
@@ -443,7 +456,8 @@ class _Misdeclaring(_Wrapped):
         return dataclasses.replace(draft, probs_BKV=tilted_BKV / tilted_BKV.sum(-1, keepdim=True))
 
 
-def _check_distribution(target: Engine, make: Callable[[], Drafter], sampling: Sampling) -> None:
+def _check_distribution(target: Engine, make: Callable[[], Drafter], sampling: Sampling) -> int:
+    """Hold text to the target's distribution; gives the number of wrong ones that were rejected."""
     hotter = dataclasses.replace(sampling, temperature=_HOTTER * sampling.temperature)
     answers = _answers(target, make(), sampling)
     found = _p_value(target, sampling, answers)
@@ -460,6 +474,7 @@ def _check_distribution(target: Engine, make: Callable[[], Drafter], sampling: S
         raise AssertionError(
             "the test of sampled text proves nothing of it: it proposes so little that a wrong q would not show"
         )
+    return 2 if wrong.declared else 1
 
 
 def _answers(target: Engine, drafter: Drafter, sampling: Sampling) -> list[list[int]]:

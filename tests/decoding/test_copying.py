@@ -46,7 +46,9 @@ def target():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_keeps_to_the_interface_and_to_the_targets_text(name):
-    check_drafter(lambda engine: Copy(**VARIANTS[name]))
+    checked = check_drafter(lambda engine: Copy(**VARIANTS[name]))
+    assert 0 < checked.accepted < checked.drafted
+    assert checked.controls == 2
 
 
 # ---- what is proposed ----

@@ -43,7 +43,9 @@ def test_a_longspec_drafter_keeps_the_contract_of_drafters(window):
     """State after rejections, prefixes, turns and rows that leave; text greedy and sampled, with negative controls."""
     target, _ = testing._engines()
     block = block_of(target.model, window)
-    testing.check_drafter(lambda engine: LongSpec(block, length=3))
+    checked = testing.check_drafter(lambda engine: LongSpec(block, length=3))
+    assert 0 < checked.accepted < checked.drafted
+    assert checked.controls == 4
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ def models():
 def test_a_longspec_tree_keeps_the_contract_of_drafters(window):
     target, _ = testing._engines()
     block = block_of(target.model, window)
-    testing.check_drafter(lambda engine: LongSpecTree(block, [3, 4, 2]))
+    checked = testing.check_drafter(lambda engine: LongSpecTree(block, [3, 4, 2]))
+    assert 0 < checked.accepted < checked.drafted
+    assert checked.controls == 4
 
 
 @pytest.mark.parametrize("widths", [[4], [3, 2, 5], [1, 1, 1, 1], [4, 6, 6, 6, 6]])

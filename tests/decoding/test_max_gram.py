@@ -102,4 +102,6 @@ def test_origins_hold_the_tokens_that_were_copied(text):
 
 @pytest.mark.parametrize("table", [None, BigramTable([3, 0, 1, 5, -1, 2], "a tokenizer", 5)])
 def test_it_keeps_to_the_interface_and_to_the_targets_text(table):
-    check_drafter(lambda engine: MaxGram(table, length=4))
+    checked = check_drafter(lambda engine: MaxGram(table, length=4))
+    assert 0 < checked.accepted < checked.drafted
+    assert checked.controls == 2

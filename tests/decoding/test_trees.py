@@ -109,7 +109,9 @@ def test_rows_of_a_batch_are_decoded_as_they_are_alone(sampling):
 @pytest.mark.parametrize("drawn", [True, False])
 def test_a_tree_drafter_keeps_to_the_interface(drawn):
     """State, budgets, rows and the exact distribution by chi-square; see `check_drafter`."""
-    check_drafter(lambda engine: TreeDrafter(engine, [3, 4, 2], drawn=drawn))
+    checked = check_drafter(lambda engine: TreeDrafter(engine, [3, 4, 2], drawn=drawn))
+    assert 0 < checked.accepted < checked.drafted
+    assert checked.controls == (4 if drawn else 2)
 
 
 def test_a_rule_ends_the_tree_of_its_row_alone():
