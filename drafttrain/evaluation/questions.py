@@ -16,7 +16,7 @@ from typing import Any
 from drafttrain.decoding.counts import Completion
 from drafttrain.dialogue import Dialogue, answer_text
 from drafttrain.errors import UserError
-from drafttrain.evaluation.figures import loops
+from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.schema import Sample
 from drafttrain.evaluation.statistics import repetition
 from drafttrain.evaluation.tasks.scoring import SCORERS
@@ -138,6 +138,12 @@ def different(questions: Sequence[Question], count: int) -> list[Question]:
 def is_right(reference: str | None, text: str) -> bool | None:
     """Whether an answer is exactly the right one, spaces around it aside; None where none is known."""
     return None if reference is None else text.strip() == reference.strip()
+
+
+def usable(task: str, reference: str | None, ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether an answer may stand in a figure: it is not in a loop, and right where its task asks for that."""
+    right = is_right(reference, answer_text(tokenizer, ids))
+    return not loops(ids, right) and not (task in RIGHT_ONLY and right is False)
 
 
 def to_sample(

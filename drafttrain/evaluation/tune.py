@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -23,22 +23,21 @@ from drafttrain.config import Parsed
 from drafttrain.decoding.counts import Completion
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import parse_method
-from drafttrain.dialogue import answer_text
 from drafttrain.distributed import say
 from drafttrain.errors import UserError
 from drafttrain.evaluation.candidates import combinations, copies, singles
-from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.forward_costs import ForwardCosts, fitted, forward_seconds
 from drafttrain.evaluation.guesses import Answer, look_up
 from drafttrain.evaluation.inputs import inputs_of
 from drafttrain.evaluation.names import sampling_name, sampling_of
 from drafttrain.evaluation.pair import BIGRAMS, Models, load_models
-from drafttrain.evaluation.questions import Limits, Question, is_right, questions_of
+from drafttrain.evaluation.questions import Limits, Question, questions_of, usable
 from drafttrain.evaluation.runner import answer, interleave
 from drafttrain.evaluation.schema import AUTOREGRESSIVE
 from drafttrain.evaluation.sketch import Sketch, count
 from drafttrain.evaluation.statistics import Interval, bootstrap
 from drafttrain.evaluation.tree_tuning import tuned_tree
+from drafttrain.ops.random import sample_id
 from drafttrain.ops.sampling import Sampling
 from drafttrain.run_folder import RunFolder, write_atomically
 
@@ -52,6 +51,9 @@ ANCHORS = (
     "Copy(gamma=2, longest=40, source='longest', follow=True)",
 )
 """Methods that are run to find what a round costs beside its forwards."""
+
+DRAWS = 4
+"""Answers to every prompt where answers are drawn. Of one alone the search would learn its accidents."""
 
 CONFIRMED = 4
 """Methods that are run in the end, beside the best of a single drafter and the best of a copy and a drafter."""
@@ -110,6 +112,19 @@ class Tuned:
         return [each for each in self.tried if each.measured is not None]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A tuning prompt: as it is drawn, and the places of its usable answers among those recorded."""
+
+    drawn: Sequence[Question]
+    answers: Sequence[int]
+
+    @property
+    def task(self) -> str:
+        """That it is of."""
+        return self.drawn[0].task
+
+
 class Tuner:
     """A search in progress.
 
@@ -118,7 +133,7 @@ class Tuner:
         sampling: how is decoded.
         questions: tuning prompts.
         seed: of all draws.
-        repeats: of every real run.
+        repeats: of every real run; where answers are drawn, `DRAWS` others take their place.
         trees: find the shape of a tree, too.
     """
 
@@ -132,17 +147,14 @@ class Tuner:
         trees: bool = False,
     ) -> None:
         self.trees = trees
-        self.models, self.sampling, self.seed, self.repeats = models, sampling, seed, repeats
+        self.models, self.sampling, self.seed = models, sampling, seed
+        self.repeats = repeats if sampling.greedy else 1
         self.target = models.engines()[0]
         members = models.members()
         self.members = ["drafter", *models.others]
         self.engines = {name: members[name] for name in self.members}
         self.more = {name: each for name, each in members.items() if name not in self.members}
-        self.questions, completions = self._usable(questions)
-        self.answers = [
-            look_up(self.engines, self.target, each, done.token_ids, sampling, {"drafter": models.heads})
-            for each, done in zip(self.questions, completions, strict=True)
-        ]
+        self.prompts, self.answers = self._answered(questions)
         self.costs = self._costs()
 
     def run(self) -> Tuned:
@@ -191,67 +203,90 @@ class Tuner:
     def counted(self, method: str) -> Tried:
         """What the cost model says of a method on the recorded answers."""
         sketches = self._counts(method)
-        tasks = list(dict.fromkeys(each.task for each in self.answers))
-        by_task = {task: self.costs.predicted(_sum(self.answers, sketches, task)) for task in tasks}
-        return Tried(method, self.costs.predicted(_sum(self.answers, sketches)), by_task)
+        by_task = {
+            task: self.costs.predicted(_sum(sketches[at] for at, own in enumerate(self.answers) if own.task == task))
+            for task in dict.fromkeys(each.task for each in self.answers)
+        }
+        return Tried(method, self.costs.predicted(_sum(sketches)), by_task)
 
     def _tree(self) -> list[Tried]:
         """The tree that should be fastest, by costs and acceptance (tree_tuning.py); none if it is a chain."""
-        shape = tuned_tree(self.models, self.sampling, self.questions, self.questions, 1, self.seed).shape
+        asked = [prompt.drawn[0] for prompt in self.prompts]
+        shape = tuned_tree(self.models, self.sampling, asked, asked, 1, self.seed).shape
         return [] if shape.chain else [Tried(f"Model(drafter, tree={list(shape.widths)})", shape.speedup)]
 
     # ---- real runs ----
 
-    def _usable(self, questions: Sequence[Question]) -> tuple[list[Question], list[Completion]]:
-        """Questions whose answers may stand in a figure: no loops, and right where that is asked for."""
+    def _answered(self, questions: Sequence[Question]) -> tuple[list[Prompt], list[Answer]]:
+        """Prompts with answers of the target that are usable, and these answers."""
         decoder = self.models.decoder(AUTOREGRESSIVE, self.sampling, self.seed)
-        kept = []
+        prompts, answers = [], []
         for question in questions:
-            [done] = answer(decoder, [question])
-            right = is_right(question.reference, answer_text(self.models.tokenizer, done.token_ids))
-            if not loops(done.token_ids, right) and not (question.task in RIGHT_ONLY and right is False):
-                kept.append((question, done))
-        if not kept:
+            drawn = [question] if self.sampling.greedy else [_redrawn(question, draw) for draw in range(DRAWS)]
+            found = [(each, answer(decoder, [each])[0]) for each in drawn]
+            kept = [(each, done) for each, done in found if self._usable(each, done)]
+            if kept:
+                prompts.append(Prompt(drawn, [len(answers) + more for more in range(len(kept))]))
+            answers += [
+                look_up(self.engines, self.target, each, done.token_ids, self.sampling, {"drafter": self.models.heads})
+                for each, done in kept
+            ]
+        if not prompts:
             raise UserError("no answer to the tuning prompts is left to tune on: all of them loop or are wrong.")
-        return [question for question, _ in kept], [done for _, done in kept]
+        return prompts, answers
+
+    def _usable(self, question: Question, done: Completion) -> bool:
+        return usable(question.task, question.reference, done.token_ids, self.models.tokenizer)
 
     def _costs(self) -> ForwardCosts:
         """Of forwards, then of what is beside them."""
         context = statistics.mean(len(each.prompt) + len(each.tokens) / 2 for each in self.answers)
         anchors = list(dict.fromkeys(form.format(name) for name in self.members for form in ANCHORS))
         runs = self._real([AUTOREGRESSIVE, *anchors])
-        step = sum(runs[AUTOREGRESSIVE]) / sum(len(each.tokens) for each in self.answers)
+        tokens = [sum(len(self.answers[at].tokens) for at in prompt.answers) for prompt in self.prompts]
+        step = sum(runs[AUTOREGRESSIVE]) / sum(tokens)
         seconds = forward_seconds({"": self.target, **self.engines}, int(context))
         steps = {name: {width: each / step for width, each in own.items()} for name, own in seconds.items()}
         costs = ForwardCosts(steps.pop(""), steps, 0.0, step)
-        units = [own / len(each.tokens) for own, each in zip(runs[AUTOREGRESSIVE], self.answers, strict=True)]
-        return fitted(
-            costs,
-            [
-                (sketch, seconds / unit)
-                for method in anchors
-                for sketch, seconds, unit in zip(self._counts(method), runs[method], units, strict=True)
-            ],
-        )
+        fits = []
+        for method in anchors:
+            sketches = self._counts(method)
+            for at, prompt in enumerate(self.prompts):
+                unit = runs[AUTOREGRESSIVE][at] / tokens[at]
+                fits.append((_sum(sketches[each] for each in prompt.answers), runs[method][at] / unit))
+        return fitted(costs, fits)
 
     def _confirm(self, chosen: Sequence[Tried]) -> None:
         runs = self._real([AUTOREGRESSIVE, *(each.method for each in chosen)])
-        measure(chosen, runs, [each.task for each in self.answers])
+        measure(chosen, runs, [prompt.task for prompt in self.prompts])
 
     def _real(self, methods: Sequence[str]) -> dict[str, list[float]]:
-        """Seconds a token of every method in its fastest repeat, times the recorded tokens, question by question.
+        """Seconds that every method would need for the recorded tokens, prompt by prompt.
 
-        The fastest, for whatever else a machine does takes time from a run and gives it none.
+        Those of its own usable answers, by the token: what is drawn differs from method to method. Of repeats the
+        fastest counts, for whatever else a machine does takes time from a run and gives it none.
         """
         made = {method: self.models.decoder(method, self.sampling, self.seed) for method in methods}
-        runs = interleave(made, self.questions, 1, self.repeats, 1, "tune")
-        return {
-            method: [
-                min(each.counts.decode_seconds / each.counts.tokens for each in repeats) * len(recorded.tokens)
-                for repeats, recorded in zip(found, self.answers, strict=True)
-            ]
-            for method, found in runs.items()
-        }
+        asked = [question for prompt in self.prompts for question in prompt.drawn]
+        runs = interleave(made, asked, 1, self.repeats, 1, "tune")
+        return {method: self._scaled(dict(zip(asked, found, strict=True))) for method, found in runs.items()}
+
+    def _scaled(self, runs: Mapping[Question, Sequence[Completion]]) -> list[float]:
+        """Seconds of real runs for the recorded tokens, prompt by prompt."""
+        scaled = []
+        for prompt in self.prompts:
+            usable = [runs[each] for each in prompt.drawn if self._usable(each, runs[each][0])]
+            own = usable or [runs[each] for each in prompt.drawn]
+            seconds = sum(min(each.counts.decode_seconds for each in repeats) for repeats in own)
+            recorded = sum(len(self.answers[at].tokens) for at in prompt.answers)
+            scaled.append(seconds / sum(repeats[0].counts.tokens for repeats in own) * recorded)
+        return scaled
+
+
+def _redrawn(question: Question, draw: int) -> Question:
+    """The same question with draws of its own."""
+    name = f"{question.prompt_id}#{draw}"
+    return replace(question, prompt_id=name, sample_id=sample_id(name, question.turn))
 
 
 def measure(tried: Sequence[Tried], runs: Mapping[str, Sequence[float]], tasks: Sequence[str]) -> None:
@@ -283,11 +318,10 @@ def simplicity(method: str, engines: Mapping[str, Engine]) -> tuple[int, int, in
     return len(expression.members) + _copies(method), sum(each.numel() for each in weights), expression.settings
 
 
-def _sum(answers: Sequence[Answer], sketches: Sequence[Sketch], task: str | None = None) -> Sketch:
+def _sum(sketches: Iterable[Sketch]) -> Sketch:
     total = Sketch()
-    for own, sketch in zip(answers, sketches, strict=True):
-        if task is None or own.task == task:
-            total.add(sketch)
+    for sketch in sketches:
+        total.add(sketch)
     return total
 
 

@@ -12,13 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drafttrain.dialogue import answer_text
 from drafttrain.distributed import say
-from drafttrain.evaluation.figures import RIGHT_ONLY, loops
 from drafttrain.evaluation.measure import costs_by_family
 from drafttrain.evaluation.methods import KNOWN, family_of
 from drafttrain.evaluation.pair import Models
-from drafttrain.evaluation.questions import Question, is_right, response_row
+from drafttrain.evaluation.questions import Question, response_row, usable
 from drafttrain.evaluation.runner import Timings, answer, batches, instrument_all
 from drafttrain.evaluation.schema import AUTOREGRESSIVE, Costs
 from drafttrain.evaluation.trace_record import Record, record_of
@@ -159,8 +157,7 @@ def record_for_replay(models: Models, traces: Traces, references: Mapping[tuple[
 def counts(row: Row, references: Mapping[tuple[str, int], str], tokenizer: Any) -> bool:
     """Whether an answer would count: it does not loop, and is right where it has to be."""
     ids = list(row["response_ids"])
-    right = is_right(references.get((row["prompt_id"], row["turn"])), answer_text(tokenizer, ids))
-    return bool(ids) and not loops(ids, right) and not (row["task"] in RIGHT_ONLY and right is False)
+    return bool(ids) and usable(row["task"], references.get((row["prompt_id"], row["turn"])), ids, tokenizer)
 
 
 def task_weights(tuning: Iterable[str], test: Iterable[str]) -> dict[str, float]:
