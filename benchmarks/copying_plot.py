@@ -7,6 +7,7 @@ The picture lies beside the results, with the same name.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -36,8 +37,11 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Draw the results that are named."""
-    for name in sys.argv[1:]:
-        path = Path(name)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="what benchmarks/copying.py has written")
+    for path in parser.parse_args().results:
+        if not path.is_file():
+            parser.error(f"{path} does not exist")
         draw(json.loads(path.read_text(encoding="utf-8"))["rows"], path.with_suffix(".png"))
 
 

@@ -1,6 +1,7 @@
 """Do short rows train long contexts, and what else helps? Short trainings of LongSpec drafters, unlike in one thing.
 
     python benchmarks/longspec_positions.py --seeds 2 --output results.json      half an hour on a core
+    python benchmarks/longspec_positions.py --variants multi_gap first_step --seeds 4     some of the trainings
     python benchmarks/longspec_positions.py --quick     a few steps, under a minute; its figures say nothing
 
 New drafters of the reference target, all with the same steps on the same rows of the reference world's stream: each
@@ -120,7 +121,7 @@ def trained(target: Loaded, blocks: Blocks, seed: int, options: argparse.Namespa
     """Every variant, in bfloat16; those of the same positions and layer learn side by side from one reading."""
     found = []
     placed = lambda name: (VARIANTS[name].kind, VARIANTS[name].layer)  # noqa: E731
-    for _, names in itertools.groupby(sorted(VARIANTS, key=placed), placed):
+    for _, names in itertools.groupby(sorted(options.variants, key=placed), placed):
         found += side_by_side(target, blocks, list(names), seed, options)
     return found
 
@@ -283,12 +284,13 @@ def _shape(ids_BT: Tensor) -> tuple[Tensor, int, Tensor]:
 def figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Means over seeds, with the least and greatest."""
     own = {name: [row for row in rows if row["variant"] == name] for name in VARIANTS}
+    own = {name: trainings for name, trainings in own.items() if trainings}
     found: dict[str, float] = {}
     for name, trainings in own.items():
         found |= interval(f"tau_{name}", [row["tau"] for row in trainings])
         found |= interval(f"tau_longer_{name}", [row["tau_longer"] for row in trainings])
         found |= interval(f"tau_ratio_{name}", [row["ratio"] for row in trainings])
-        if VARIANTS[name].kind == "multi_gap" and name != "multi_gap":
+        if VARIANTS[name].kind == "multi_gap" and name != "multi_gap" and "multi_gap" in own:
             pairs = zip(own["multi_gap"], trainings, strict=True)
             gain = "noisy_gain" if name == "first_step" else f"gain_{name}"
             found |= interval(gain, [row["tau"] / other["tau"] for row, other in pairs])
@@ -310,6 +312,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=0.001, help="at its peak")
     parser.add_argument("--prompts", type=int, default=24, help="continued at each length")
     parser.add_argument("--least", type=int, default=8, help="tokens that a continuation has behind filler, too")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="that are trained")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each variant")
     parser.add_argument("--save", type=Path, help="keep the first seed's drafters here, for longspec_loss.py")
     parser.add_argument("--quick", action="store_true", help="a few steps of short rows")

@@ -9,11 +9,13 @@ stream, with half as many parameters again as the block), compiled but for LongS
 held-out *recall*, *self_correct* and *revise*, all turns, each behind so much text of other prompts that it has
 --length tokens. Each drafter's shape (a chain's length, a confidence that ends it, or a tree) is the one that is
 fastest on a first part of the questions; it is measured on the others, all methods interleaved. Reading the prompt is
-not counted.
+not counted. What loops does not count, nor a *revise* that is not right.
 
 speedup_over_autoregressive     decoding rate of LongSpec over the target's alone
 speedup_over_causal_drafter     decoding rate of LongSpec over that with the ordinary drafter
 speedup_over_..._TASK           the same by task
+speedup_over_..._right          the same of right answers alone
+answers_TASK                    how many count
 tau_longspec, tau_causal        tokens a round; ..._TASK by task
 kv_bytes_longspec, _causal      what each drafter keeps behind the longest prompt
 tokens_per_second               of the target alone
@@ -28,10 +30,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +44,10 @@ from benchmarks.common import finish  # noqa: E402
 from benchmarks.pair import CHECKPOINTS, GREEDY, held_out_questions, reference_models  # noqa: E402
 from drafttrain.decoding.counts import Completion, Counts  # noqa: E402
 from drafttrain.decoding.synthetic import SyntheticAcceptance  # noqa: E402
+from drafttrain.dialogue import answer_text  # noqa: E402
 from drafttrain.evaluation.filler import behind_filler  # noqa: E402
 from drafttrain.evaluation.pair import Models  # noqa: E402
-from drafttrain.evaluation.questions import Question  # noqa: E402
+from drafttrain.evaluation.questions import Question, is_right, usable  # noqa: E402
 from drafttrain.evaluation.runner import interleave  # noqa: E402
 from drafttrain.models.loading import load_drafter  # noqa: E402
 
@@ -81,24 +85,27 @@ def main() -> None:
     models = reference_models(compiled=not options.eager)
     models.others["block"] = load_drafter(options.drafter, "bfloat16")
     tuning, test = divided(questions_at(models, options), options.tuning)
-    found = run(models, tuning, [BASE, *SHAPES["longspec"], *SHAPES["causal"]], 1)
+    _, found = counting(models, tuning, run(models, tuning, [BASE, *SHAPES["longspec"], *SHAPES["causal"]], 1))
     tried = {method: rate(answers) for method, answers in found.items()}
     print({method: round(each / tried[BASE], 2) for method, each in tried.items()}, flush=True)
     chosen = {name: max(methods, key=tried.get) for name, methods in SHAPES.items()}
     print(f"chosen: {chosen}", flush=True)
-    measured = run(models, test, [BASE, *chosen.values()], options.repeats)
-    figures: dict[str, float] = {}
+    test, measured = counting(models, test, run(models, test, [BASE, *chosen.values()], options.repeats))
+    figures: dict[str, float] = {f"answers_{task}": sum(each.task == task for each in test) for task in TASKS}
+    right = [right_in(models, question, runs[0]) for question, runs in zip(test, measured[BASE], strict=True)]
     for name, method in (("autoregressive", BASE), ("causal_drafter", chosen["causal"])):
         own, base = measured[chosen["longspec"]], measured[method]
         figures |= ratio(f"speedup_over_{name}", own, base, test)
-        for task in TASKS:
-            rates = [rate(of_task(side, test, task)) for side in (own, base)]
-            figures[f"speedup_over_{name}_{task}"] = rates[0] / rates[1]
+        parts = {task: [question.task == task for question in test] for task in TASKS} | {"right": right}
+        for part, belongs in parts.items():
+            if any(belongs):
+                rates = [rate(list(itertools.compress(side, belongs))) for side in (own, base)]
+                figures[f"speedup_over_{name}_{part}"] = rates[0] / rates[1]
     figures["tokens_per_second"] = rate(measured[BASE])
     figures |= at_rates(models, test[:: max(1, len(test) // FEW)], options.repeats)
     for name, method in chosen.items():
         figures[f"tau_{name}"] = tau(measured[method])
-        for task in TASKS:
+        for task in dict.fromkeys(question.task for question in test):
             figures[f"tau_{name}_{task}"] = tau(of_task(measured[method], test, task))
         figures[f"kv_bytes_{name}"] = kept(models, method, max(test, key=lambda question: len(question.ids)))
     rows = [
@@ -151,6 +158,26 @@ def run(
     """Completions of every method, all repeats of each question."""
     decoders = {method: models.decoder(method, GREEDY, 0) for method in methods}
     return interleave(decoders, questions, 1, repeats, 1, "runs")
+
+
+def counting(
+    models: Models, questions: Sequence[Question], found: Mapping[str, list[list[Completion]]]
+) -> tuple[list[Question], dict[str, list[list[Completion]]]]:
+    """Only questions of which every method's answer may stand in a figure."""
+    tokenizer = models.tokenizer
+    kept = [
+        all(usable(each.task, each.reference, runs[place][0].token_ids, tokenizer) for runs in found.values())
+        for place, each in enumerate(questions)
+    ]
+    if not any(kept):
+        raise SystemExit("no answer is left to measure on: all loop or are wrong; ask more --questions")
+    chosen = {method: list(itertools.compress(runs, kept)) for method, runs in found.items()}
+    return list(itertools.compress(questions, kept)), chosen
+
+
+def right_in(models: Models, question: Question, done: Completion) -> bool:
+    """Whether it is the right answer."""
+    return bool(is_right(question.reference, answer_text(models.tokenizer, done.token_ids)))
 
 
 def at_rates(models: Models, questions: Sequence[Question], repeats: int) -> dict[str, float]:

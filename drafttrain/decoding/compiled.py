@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from drafttrain.errors import UserError
-from drafttrain.ops.attention import FOLD_ROWS, FOLDED, attending, window_binds
+from drafttrain.ops import narrow_attention
+from drafttrain.ops.attention import FOLD_ROWS, attending, window_binds
 from drafttrain.ops.cache import DenseCache, GraphLayer
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class CompiledForward:
             masks = {name: _mask(positions_BQ, bound, window, kind, engine) for name, window in windows.items()}
             return read_block(engine, tokens_BQ, positions_BQ, masks, cache, kind.last)
 
-        with attending(engine.config, FOLDED):
+        with attending(engine.config, narrow_attention.NAME):
             return compiled_or_refused(forward, self._stand_ins(kind), engine.model)
 
     def _stand_ins(self, kind: Graph) -> tuple[Tensor, Tensor, int, list[tuple[Tensor, Tensor]], Given | None]:
@@ -197,12 +198,13 @@ def read_block(
 
 
 def _mask(positions_BQ: Tensor, bound: int, window: int | None, kind: Graph, engine: Engine) -> Tensor:
-    """An additive mask for folded queries [B or 1, 1, G * Q, bound], empty where nothing is hidden."""
+    """An additive mask for folded queries and the last T slots [B or 1, 1, G * Q, T], empty where nothing is hidden."""
     if kind.narrow and kind.aligned and window is None:
         return positions_BQ.new_empty(1, 1, 1, 0, dtype=engine.dtype)
+    first = bound - positions_BQ.shape[1] if kind.aligned and window is None else 0  # what is before, all see
     if not kind.narrow:
         positions_BQ = positions_BQ.repeat(1, engine.groups)
-    slots_S, query_BQ1 = torch.arange(bound, device=positions_BQ.device), positions_BQ.unsqueeze(2)
+    slots_S, query_BQ1 = torch.arange(first, bound, device=positions_BQ.device), positions_BQ.unsqueeze(2)
     visible_BQS = slots_S <= query_BQ1
     if window is not None:
         visible_BQS = visible_BQS & (slots_S > query_BQ1 - window)
@@ -235,6 +237,7 @@ def compiled_or_refused(
     """
     graph = compiled(function)
     try:
+        narrow_attention.load()
         # Equal sizes are no reason for one symbol: a stand-in's may happen to be one of the model's.
         with torch._inductor.config.patch(freezing=True), torch.fx.experimental._config.patch(use_duck_shape=False):
             graph(*stand_ins)

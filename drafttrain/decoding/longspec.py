@@ -27,6 +27,7 @@ from drafttrain.errors import UserError
 from drafttrain.models.longspec import LongSpecConfig, LongSpecDrafter
 from drafttrain.models.shared_target import RotaryOf
 from drafttrain.ops.attention import folded_attention
+from drafttrain.ops.narrow_attention import graph_attention
 from drafttrain.ops.random import Draws
 from drafttrain.ops.ring import Ring, Slots
 from drafttrain.ops.tree import TreeBlock
@@ -208,7 +209,8 @@ class BlockEngine:
         return found
 
     def _attend(self, q_BNQD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        found_BQND, _ = folded_attention(self.model, q_BNQD, keys, values, mask, self.config.scaling)
+        attend = graph_attention if torch.compiler.is_compiling() else folded_attention
+        found_BQND, _ = attend(self.model, q_BNQD, keys, values, mask, self.config.scaling)
         return found_BQND.transpose(1, 2)
 
 

@@ -18,13 +18,13 @@ from tests.conftest import build_llama
 from tests.decoding.support import pair
 from tests.ops.test_attention import build, own_logits
 
-ROUNDING = 1e-5  # of rotary embeddings and norms, which the library computes in float32
+ROUNDING = 2e-5
 
 
 @pytest.fixture(scope="module")
 def engines():
-    """The same model, compiled and not."""
-    model = build_llama(40, layers=1, initializer_range=0.3).double()
+    """The same model, compiled and not; in float32, for which graphs have an attention of their own."""
+    model = build_llama(40, layers=1, initializer_range=0.3)
     return Engine(model, compiled=True), Engine(copy.deepcopy(model))
 
 
