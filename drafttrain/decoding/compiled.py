@@ -237,7 +237,7 @@ def compiled_or_refused(
     """
     graph = compiled(function)
     try:
-        narrow_attention.load()
+        narrow_attention.load()  # before anything is traced
         # Equal sizes are no reason for one symbol: a stand-in's may happen to be one of the model's.
         with torch._inductor.config.patch(freezing=True), torch.fx.experimental._config.patch(use_duck_shape=False):
             graph(*stand_ins)

@@ -56,7 +56,7 @@ DRAWS = 4
 """Answers to every prompt where answers are drawn. Of one alone the search would learn its accidents."""
 
 CONFIRMED = 4
-"""Methods that are run in the end, beside the best of a single drafter and the best of a copy and a drafter."""
+"""Methods that are run in the end, beside two of a single drafter, of a copy before one, and of cascades."""
 
 
 @dataclass
@@ -114,15 +114,17 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tuning prompt: as it is drawn, and the places of its usable answers among those recorded."""
+    """A tuning prompt.
+
+    Attributes:
+        drawn: it, once for every answer that is drawn to it.
+        first: of these, the first whose recorded answer is usable.
+        answers: places of its usable answers among all that are recorded.
+    """
 
     drawn: Sequence[Question]
+    first: Question
     answers: Sequence[int]
-
-    @property
-    def task(self) -> str:
-        """That it is of."""
-        return self.drawn[0].task
 
 
 class Tuner:
@@ -133,7 +135,7 @@ class Tuner:
         sampling: how is decoded.
         questions: tuning prompts.
         seed: of all draws.
-        repeats: of every real run; where answers are drawn, `DRAWS` others take their place.
+        repeats: of every real run; where answers are drawn there are none, but `DRAWS` answers a prompt.
         trees: find the shape of a tree, too.
     """
 
@@ -211,7 +213,7 @@ class Tuner:
 
     def _tree(self) -> list[Tried]:
         """The tree that should be fastest, by costs and acceptance (tree_tuning.py); none if it is a chain."""
-        asked = [prompt.drawn[0] for prompt in self.prompts]
+        asked = [prompt.first for prompt in self.prompts]
         shape = tuned_tree(self.models, self.sampling, asked, asked, 1, self.seed).shape
         return [] if shape.chain else [Tried(f"Model(drafter, tree={list(shape.widths)})", shape.speedup)]
 
@@ -226,7 +228,7 @@ class Tuner:
             found = [(each, answer(decoder, [each])[0]) for each in drawn]
             kept = [(each, done) for each, done in found if self._usable(each, done)]
             if kept:
-                prompts.append(Prompt(drawn, [len(answers) + more for more in range(len(kept))]))
+                prompts.append(Prompt(drawn, kept[0][0], [len(answers) + more for more in range(len(kept))]))
             answers += [
                 look_up(self.engines, self.target, each, done.token_ids, self.sampling, {"drafter": self.models.heads})
                 for each, done in kept
@@ -258,13 +260,14 @@ class Tuner:
 
     def _confirm(self, chosen: Sequence[Tried]) -> None:
         runs = self._real([AUTOREGRESSIVE, *(each.method for each in chosen)])
-        measure(chosen, runs, [prompt.task for prompt in self.prompts])
+        measure(chosen, runs, [prompt.first.task for prompt in self.prompts])
 
     def _real(self, methods: Sequence[str]) -> dict[str, list[float]]:
         """Seconds that every method would need for the recorded tokens, prompt by prompt.
 
-        Those of its own usable answers, by the token: what is drawn differs from method to method. Of repeats the
-        fastest counts, for whatever else a machine does takes time from a run and gives it none.
+        Those of its own usable answers, by the token, or of all where none is usable: what is drawn differs from
+        method to method. Of repeats the fastest counts, for whatever else a machine does takes time from a run and
+        gives it none.
         """
         made = {method: self.models.decoder(method, self.sampling, self.seed) for method in methods}
         asked = [question for prompt in self.prompts for question in prompt.drawn]
@@ -275,8 +278,8 @@ class Tuner:
         """Seconds of real runs for the recorded tokens, prompt by prompt."""
         scaled = []
         for prompt in self.prompts:
-            usable = [runs[each] for each in prompt.drawn if self._usable(each, runs[each][0])]
-            own = usable or [runs[each] for each in prompt.drawn]
+            own = [runs[each] for each in prompt.drawn if self._usable(each, runs[each][0])]
+            own = own or [runs[each] for each in prompt.drawn]
             seconds = sum(min(each.counts.decode_seconds for each in repeats) for repeats in own)
             recorded = sum(len(self.answers[at].tokens) for at in prompt.answers)
             scaled.append(seconds / sum(repeats[0].counts.tokens for repeats in own) * recorded)
@@ -404,7 +407,7 @@ def lines_of(found: Tuned) -> list[str]:
 
 def write(found: Tuned, run: RunFolder, parsed: Parsed, sampling: str) -> None:
     """tune.json, tune.md and tuned.yaml."""
-    kept = replace(found, tried=[each for each in found.tried if each.measured is not None] + found.tried[:40])
+    kept = replace(found, tried=[*found.confirmed, *(each for each in found.tried[:40] if each.measured is None)])
     write_atomically(run.path / "tune.json", json.dumps({"sampling": sampling, **asdict(kept)}, indent=1) + "\n")
     table = ["| method | predicted | measured | error | the fastest over it |", "|---|---|---|---|---|"]
     table += [

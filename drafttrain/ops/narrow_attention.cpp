@@ -1,12 +1,13 @@
 // Attention of a few query rows over many keys, for a CPU: softmax(q k^T * scale + mask) v, sums and scores in float32.
 //
 // Keys are taken a block at a time: widened to float32 once for all rows, multiplied with queries that lie transposed,
-// so that a lane of a vector is a row and nothing is summed across lanes, and folded into a running softmax. Where there
-// are more threads than key heads, every thread takes a part of the keys, and the parts are merged.
+// so that a lane of a vector is a row and nothing is summed across lanes, and folded into a running softmax. Many rows
+// are taken in pieces. Where there are more threads than pieces, each takes a part of the keys, and the parts are merged.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -17,17 +18,22 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#else
 #pragma GCC optimize("O3", "fp-contract=fast")
+#endif
 
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t LANES = 16, BLOCK = 64, AT_ONCE = 8, LEAST_KEYS = 512, MOST_WIDE = 512;
+constexpr int64_t LANES = 16, BLOCK = 64, AT_ONCE = 8, LEAST_KEYS = 512, MOST_WIDE = 512, MOST_ROWS = 64;
 constexpr float LOWEST = -1e30f, LOG2_E = 1.44269504f;
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 inline Vector& at(float* place) { return *reinterpret_cast<Vector*>(place); }
@@ -56,15 +62,15 @@ inline void narrowed(float value, uint16_t& to) {  // to the nearest bfloat16, t
 
 // 2^x with x split into an integer, which becomes the exponent, and a rest in [-1/2, 1/2], of which the series is taken.
 inline Vector exp2(Vector x) {
-  const Integers in_range = x > -126.0f;
+  const Integers hidden = x <= -126.0f;  // not "x > -126": what is no number stays none
   const Vector shift = Vector{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vector whole = x + shift;
   const Vector rest = x - (whole - shift);
   Vector series = Vector{} + 1.54035304e-4f;
   for (float next : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 0.240226507f, 0.693147181f, 1.0f})
     series = series * rest + next;
-  const Integers exponent = ((Integers)whole - (Integers)shift + 127) << 23;
-  return (Vector)((Integers)(series * (Vector)exponent) & in_range);
+  const Words exponent = ((Words)whole - (Words)shift + 127) << 23;
+  return (Vector)((Integers)(series * (Vector)exponent) & ~hidden);
 }
 
 inline Vector larger(Vector one, Vector other) {
@@ -85,13 +91,26 @@ struct Found {
       : sums(padded(of.rows, 4) * of.width()), largest(of.lanes(), LOWEST), weights(of.lanes()) {}
 };
 
-template <class Scalar>
-void widen(const Scalar* from, int64_t stride, int64_t count, int64_t size, int64_t width, float* to) {
+// Rows of numbers in float32, `width` to a row: as they lie in memory, or widened into a scratch.
+struct Rows {
+  const float* first;
+  int64_t stride;
+  const float* operator[](int64_t row) const { return first + row * stride; }
+};
+
+inline Rows widen(const uint16_t* from, int64_t stride, int64_t count, int64_t size, int64_t width, float* scratch) {
   const int64_t whole = size / LANES * LANES;
-  for (int64_t k = 0; k < count; ++k, from += stride, to += width) {
+  for (int64_t k = 0; k < count; ++k, from += stride) {
+    float* to = scratch + k * width;
     for (int64_t d = 0; d < whole; d += LANES) at(to + d) = vector(from + d);
     for (int64_t d = whole; d < size; ++d) to[d] = widened(from[d]);
   }
+  return {scratch, width};
+}
+inline Rows widen(const float* from, int64_t stride, int64_t count, int64_t size, int64_t width, float* scratch) {
+  if (size == width) return {from, stride};
+  for (int64_t k = 0; k < count; ++k) std::copy_n(from + k * stride, size, scratch + k * width);
+  return {scratch, width};
 }
 
 // Queries with their rows in lanes, to be multiplied with keys: scores[k][lane] = query . key.
@@ -108,11 +127,14 @@ struct Queries {
   void multiply(const Scalar* key, int64_t stride, int64_t count, float* scores) const {
     float wide[AT_ONCE * MOST_WIDE];
     for (int64_t k = 0; k < count; k += AT_ONCE) {
-      widen(key + k * stride, stride, std::min(AT_ONCE, count - k), of.size, of.size, wide);
+      const int64_t last = std::min(AT_ONCE, count - k) - 1;
+      const Rows keys = widen(key + k * stride, stride, last + 1, of.size, of.size, wide);
+      const float* rows[AT_ONCE];
+      for (int64_t j = 0; j < AT_ONCE; ++j) rows[j] = keys[std::min(j, last)];
       for (int64_t lane = 0; lane < of.lanes(); lane += LANES) {
         Vector sum[AT_ONCE] = {};
         for (int64_t d = 0; d < of.size; ++d)
-          for (int64_t j = 0; j < AT_ONCE; ++j) sum[j] += vector(&columns[d * of.lanes() + lane]) * wide[j * of.size + d];
+          for (int64_t j = 0; j < AT_ONCE; ++j) sum[j] += vector(&columns[d * of.lanes() + lane]) * rows[j][d];
         for (int64_t j = 0; j < AT_ONCE; ++j) at(scores + (k + j) * of.lanes() + lane) = sum[j];
       }
     }
@@ -175,9 +197,9 @@ struct Head {
       for (int64_t k = 0; k < count * of.lanes(); k += LANES) at(&scores[k]) *= scale * LOG2_E;
       if (mask) hide(of, start, count, scores.data());
       weigh(of, count, scores.data(), found);
-      widen(value + start * value_stride, value_stride, count, of.size, of.width(), wide.data());
+      const Rows values = widen(value + start * value_stride, value_stride, count, of.size, of.width(), wide.data());
       fetch(key + (start + count) * key_stride, key_stride, std::min(BLOCK, last - start - count), of);
-      gather(of, count, scores.data(), wide.data(), found.sums.data());
+      gather(of, count, scores.data(), values, found.sums.data());
     }
   }
 
@@ -210,7 +232,7 @@ struct Head {
       for (int64_t d = 0; d < of.width(); d += LANES) at(&found.sums[r * of.width() + d]) *= smaller[r];
   }
 
-  static void gather(const Sizes& of, int64_t count, const float* weights, float* wide, float* sums) {
+  static void gather(const Sizes& of, int64_t count, const float* weights, Rows values, float* sums) {
     const int64_t lanes = of.lanes(), width = of.width();
     for (int64_t r = 0; r < of.rows; r += 4)  // lanes behind the last row weigh something, and are not used
       for (int64_t d = 0; d < width; d += 2 * LANES) {
@@ -220,7 +242,7 @@ struct Head {
         for (int64_t k = 0; k < count; ++k)
           for (int64_t i = 0; i < 4; ++i)
             for (int64_t j = 0; j < 2; ++j)
-              sum[i][j] += at(wide + k * width + d + j * LANES) * weights[k * lanes + r + i];
+              sum[i][j] += vector(values[k] + d + j * LANES) * weights[k * lanes + r + i];
         for (int64_t i = 0; i < 4; ++i)
           for (int64_t j = 0; j < 2; ++j) at(sums + (r + i) * width + d + j * LANES) = sum[i][j];
       }
@@ -239,43 +261,61 @@ void merge(const Sizes& of, const Found* parts, int64_t count, Scalar* to) {
       total += factor * parts[part].weights[r];
       for (int64_t d = 0; d < of.size; ++d) sums[d] += factor * parts[part].sums[r * of.width() + d];
     }
-    for (int64_t d = 0; d < of.size; ++d) narrowed(total > 0 ? sums[d] / total : 0.0f, to[r * of.size + d]);
+    for (int64_t d = 0; d < of.size; ++d) narrowed(total != 0 ? sums[d] / total : 0.0f, to[r * of.size + d]);
   }
 }
 
 template <class Scalar>
 void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, double scale, Tensor& to) {
   const Sizes of{query.size(2), key.size(2), query.size(3), mask.size(3)};
-  const int64_t heads = query.size(1), tasks = query.size(0) * heads, threads = torch::stable::get_num_threads();
+  const int64_t heads = query.size(1), pieces = (of.rows + MOST_ROWS - 1) / MOST_ROWS;
+  const int64_t tasks = query.size(0) * heads * pieces, threads = torch::stable::get_num_threads();
   const int64_t parts = std::max<int64_t>(1, std::min(threads / tasks, of.keys / LEAST_KEYS));
   const int64_t each = padded((of.keys + parts - 1) / parts, BLOCK);
   const auto pointer = [](const Tensor& tensor) { return static_cast<const Scalar*>(tensor.const_data_ptr()); };
-  std::vector<Found> found(tasks * parts, Found(of));
+  const auto rows_of = [&](int64_t task) {
+    return Sizes{std::min(MOST_ROWS, of.rows - task % pieces * MOST_ROWS), of.keys, of.size, of.masked};
+  };
+  std::vector<Found> found;
+  for (int64_t task = 0; task < tasks; ++task) found.insert(found.end(), parts, Found(rows_of(task)));
   torch::stable::parallel_for(0, tasks * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / parts / heads, head = task / parts % heads, first = task % parts * each;
-      const auto part = [&](const Tensor& of) { return pointer(of) + row * of.stride(0) + head * of.stride(1); };
-      const Scalar* hidden = mask.numel() ? pointer(mask) + (mask.size(0) > 1 ? row * mask.stride(0) : 0) : nullptr;
+    for (int64_t number = begin; number < end; ++number) {
+      const int64_t task = number / parts, first = number % parts * each, skipped = task % pieces * MOST_ROWS;
+      const int64_t batch = task / pieces / heads, head = task / pieces % heads;
+      const auto part = [&](const Tensor& of) { return pointer(of) + batch * of.stride(0) + head * of.stride(1); };
       const int64_t mask_stride = mask.size(2) > 1 ? mask.stride(2) : 0;
-      const Head<Scalar> one{part(query), part(key), part(value), hidden, key.stride(2), value.stride(2), mask_stride};
-      one.attend(of, first, std::min(first + each, of.keys), scale, found[task]);
+      const Scalar* hidden = mask.numel() ? pointer(mask) + (mask.size(0) > 1 ? batch * mask.stride(0) : 0) : nullptr;
+      const Head<Scalar> one{part(query) + skipped * of.size,
+                             part(key),
+                             part(value),
+                             hidden ? hidden + skipped * mask_stride : nullptr,
+                             key.stride(2),
+                             value.stride(2),
+                             mask_stride};
+      one.attend(rows_of(task), first, std::min(first + each, of.keys), scale, found[number]);
     }
   });
   auto* out = static_cast<Scalar*>(to.mutable_data_ptr());
-  for (int64_t task = 0; task < tasks; ++task)
-    merge(of, &found[task * parts], parts, out + task * of.rows * of.size);
+  for (int64_t task = 0; task < tasks; ++task) {
+    merge(rows_of(task), &found[task * parts], parts, out);
+    out += rows_of(task).rows * of.size;
+  }
 }
 
 Tensor narrow_attention(Tensor query, Tensor key, Tensor value, Tensor mask, double scale) {
+  const bool whole = query.is_contiguous() && mask.is_contiguous() && key.stride(3) == 1 && value.stride(3) == 1;
+  for (const Tensor& each : {key, value, mask})
+    STD_TORCH_CHECK(each.scalar_type() == query.scalar_type(), "queries, keys, values and masks must be of one type");
+  STD_TORCH_CHECK(whole, "queries and masks must be contiguous, keys and values each in one piece");
   Tensor to = torch::stable::new_empty(query, query.sizes());
-  if (query.element_size() == 2)
+  if (query.scalar_type() == torch::headeronly::ScalarType::BFloat16)
     attend<uint16_t>(query, key, value, mask, scale, to);
   else
     attend<float>(query, key, value, mask, scale, to);
   return to;
 }
 
-STABLE_TORCH_LIBRARY(drafttrain, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(drafttrain, library) {
   library.def("narrow_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor");
 }
 

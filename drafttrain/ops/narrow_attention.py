@@ -9,13 +9,13 @@ costs little more than one token. It needs the compiler that graphs need, and is
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from drafttrain.distributed import say
 from drafttrain.ops.attention import folded_attention
 
 NAME = "drafttrain-narrow"
@@ -27,17 +27,28 @@ LARGEST = 512
 """Head size; an even number."""
 
 
-@functools.cache
-def load() -> None:
+_loaded: bool | None = None
+
+
+def load() -> bool:
     """Compile the operator and register it; what is compiled is kept where `torch.compile` keeps its own.
 
-    Raises:
-        RuntimeError: there is no compiler, or it fails.
+    Returns:
+        False where that cannot be done: graphs then attend by torch's kernel. A line has said why.
     """
-    from torch._inductor.codecache import CppCodeCache
+    global _loaded
+    if _loaded is None:
+        from torch._inductor.codecache import CppCodeCache
 
-    CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
-    torch.library.register_fake("drafttrain::narrow_attention")(lambda query, *others: torch.empty_like(query))
+        try:
+            CppCodeCache.load(SOURCE.read_text(encoding="utf-8"))
+            torch.library.register_fake("drafttrain::narrow_attention")(lambda query, *others: torch.empty_like(query))
+            _loaded = True
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            say(f"a kernel for attention cannot be compiled here ({reason}); graphs use torch's, which is slower")
+            _loaded = False
+    return _loaded
 
 
 def narrow_attention(
@@ -46,7 +57,7 @@ def narrow_attention(
     """softmax(query key^T * scale + mask) value, scores and sums in float32; to be called behind `load`.
 
     Args:
-        query: [B, M, R, D], of one of `TYPES` as the others, D even and no larger than `LARGEST`.
+        query: [B, M, R, D], D even and no larger than `LARGEST`; of one of `TYPES`, as the others.
         key: [B, M, S, D], each key in one piece.
         value: likewise.
         mask: additive, of the last T slots, [B or 1, 1, R or 1, T]; slots before them are seen by all rows.
@@ -73,8 +84,9 @@ def graph_attention(
     """`folded_attention` in graphs for CPUs, with a mask that may speak of the last slots alone."""
     batch, size = query.shape[0], query.shape[3]
     mask = None if attention_mask is None or attention_mask.shape[3] == 0 else attention_mask
-    fits = query.dtype in TYPES and size % 2 == 0 and size <= LARGEST and value.shape[3] == size
-    if not fits or softcap is not None:
+    types = {query.dtype, key.dtype, value.dtype} | (set() if mask is None else {mask.dtype})
+    known = len(types) == 1 and query.dtype in TYPES and size % 2 == 0 and size <= LARGEST and value.shape[3] == size
+    if not known or softcap is not None or not _loaded:
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (key.shape[2] - mask.shape[3], 0))
         return folded_attention(module, query, key, value, mask, scaling, softcap)

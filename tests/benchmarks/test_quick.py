@@ -41,6 +41,7 @@ FIGURES = {
         *("tau_ratio_plain", "tau_ratio_anchor_offset", "tau_ratio_multi_gap", "target_loss_delta", "noisy_gain"),
     ),
     "longspec_speed": ("speedup_over_autoregressive", "speedup_over_causal_drafter"),
+    "narrow_attention": ("speedup_bf16_4096_1", "speedup_bf16_4096_5", "speedup_fp32_4096_5"),
     "reference_target": ("code_loss_512",),
     "replay": ("policies_per_second",),
     "speculation": ("speedup_revise", "speedup_code"),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drafttrain.ops import narrow_attention as narrow
 from drafttrain.ops.attention import folded_attention
 from drafttrain.ops.narrow_attention import graph_attention, load, narrow_attention
 
@@ -59,9 +60,9 @@ def hiding(batch: int, rows: int, slots: int, dtype: torch.dtype) -> torch.Tenso
 @given(
     st.integers(1, 3),
     st.integers(1, 3),
-    st.integers(1, 40),
+    st.one_of(st.integers(1, 40), st.integers(60, 200)),
     st.integers(1, 300),
-    st.integers(1, 48).map(lambda half: 2 * half),
+    st.sampled_from([2, 10, 16, 48, 64, 80, 128, 258]),
     st.sampled_from(list(ROUNDING)),
     st.data(),
 )
@@ -75,13 +76,13 @@ def test_it_is_the_softmax(batch, heads, rows, slots, size, dtype, data):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("slots", [511, 1025, 2000])
-def test_keys_are_shared_out_among_threads(threads, dtype, slots):
-    query, key, value = inputs(1, 1, 6, slots, 64, dtype)
-    mask = hiding(1, 6, 700 if slots > 700 else 9, dtype)
+@pytest.mark.parametrize(("batch", "heads", "slots"), [(1, 1, 511), (1, 1, 1025), (1, 1, 2000), (2, 1, 1537)])
+def test_keys_are_shared_out_among_threads(threads, dtype, batch, heads, slots):
+    query, key, value = inputs(batch, heads, 6, slots, 64, dtype)
+    mask = hiding(batch, 6, 700 if slots > 700 else 9, dtype)
     threads(1)
     whole = narrow_attention(query, key, value, mask, 0.3)
-    for count in (2, 3, 4):
+    for count in (2, 3, 4, 9):
         threads(count)
         shared = narrow_attention(query, key, value, mask, 0.3)
         assert (shared.double() - whole.double()).abs().max() < ROUNDING[dtype]
@@ -97,6 +98,42 @@ def test_large_scores_do_not_overflow_and_a_row_that_sees_nothing_finds_nothing(
     seen = expected(1000 * query, key, value, mask)
     seen[1, 0, 2] = 0
     assert (found.double() - seen).abs().max() < 1e-3
+
+
+def test_what_is_no_number_stays_none():
+    query, key, value = inputs(1, 2, 3, 70, 32, torch.float32)
+    key[0, 1, 40, 5] = torch.nan
+    found = narrow_attention(query, key, value)
+    assert found[0, 1].isnan().all() and not found[0, 0].isnan().any()
+
+
+def test_expanded_and_permuted_inputs_are_read_as_they_are():
+    query, key, value = inputs(3, 2, 4, 90, 16, torch.float32)
+    mask = hiding(1, 1, 30, torch.float32)
+    wanted = expected(query, key, value, mask)
+    permuted = query.transpose(1, 2).contiguous().transpose(1, 2)
+    found = narrow_attention(permuted, key, value, mask.expand(3, 1, 4, 30))
+    assert (found.double() - wanted).abs().max() < ROUNDING[torch.float32]
+
+
+def test_mixed_types_are_refused():
+    query, key, value = inputs(1, 1, 2, 9, 16, torch.float32)
+    with pytest.raises(RuntimeError, match="one type"):
+        narrow_attention(query, key.bfloat16(), value)
+
+
+def test_without_a_compiler_graphs_attend_by_the_other_kernel(monkeypatch, capsys):
+    monkeypatch.setattr(narrow, "_loaded", None)
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", broken)
+    assert not narrow.load()
+    assert "no compiler" in "".join(capsys.readouterr())
+    query, key, value = inputs(1, 2, 4, 50, 16, torch.float32)
+    found, _ = graph_attention(torch.nn.Module(), query, key, value, hiding(1, 4, 9, torch.float32))
+    assert found.shape == (1, 4, 2, 16)
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("no compiler")
 
 
 @pytest.mark.parametrize(("dtype", "softcap"), [(torch.float64, None), (torch.float32, 5.0), (torch.float32, None)])
