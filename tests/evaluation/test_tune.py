@@ -11,16 +11,24 @@ import torch
 import yaml
 
 from drafttrain import cli
+from drafttrain.config import TargetConfig
+from drafttrain.decoding.counts import Completion, Counts
 from drafttrain.decoding.engine import Engine
 from drafttrain.decoding.expression import build, parse_method
+from drafttrain.evaluation import tune as tuning
 from drafttrain.evaluation.candidates import combinations, copies, singles
 from drafttrain.evaluation.forward_costs import WIDTHS, ForwardCosts, at, fitted, forward_seconds
+from drafttrain.evaluation.guesses import Answer
+from drafttrain.evaluation.pair import Models
+from drafttrain.evaluation.questions import Question
 from drafttrain.evaluation.schema import AUTOREGRESSIVE
 from drafttrain.evaluation.sketch import Sketch
-from drafttrain.evaluation.tune import Tried, measure, simplicity
+from drafttrain.evaluation.tune import DRAWS, Prompt, Tried, Tuner, measure, simplicity
 from drafttrain.models.acceptance_head import AcceptanceHead, AcceptanceHeadConfig
 from drafttrain.models.bigrams import learn
 from drafttrain.models.checkpoint import CheckpointInfo, save_checkpoint
+from drafttrain.models.loading import load_drafter, load_target
+from drafttrain.ops.sampling import Sampling
 from tests.conftest import build_llama, build_tokenizer
 from tests.decoding.support import pair
 
@@ -113,6 +121,41 @@ def test_the_verb_writes_what_it_found_and_a_recipe_that_is_accepted(folder, tmp
     assert f"Fastest: {found['fastest']['method']}" in capsys.readouterr().out
     cli.main(["tune", "--config", str(tmp_path / "run" / "tuned.yaml"), "--run", str(tmp_path / "other"), "--plan"])
     assert not (tmp_path / "other" / "tune.json").exists()
+
+
+def ran(first: int, *seconds: float) -> list[Completion]:
+    """Repeats of an answer of five tokens, the first of them given."""
+    return [Completion([first] * 5, "eos", [], Counts(tokens=5, decode_seconds=each)) for each in seconds]
+
+
+def test_where_answers_are_drawn_those_that_may_stand_in_a_figure_are_timed(monkeypatch):
+    """The fastest repeat of each, by the token, times the recorded tokens; all of them where none is usable."""
+    monkeypatch.setattr(tuning, "usable", lambda task, reference, ids, tokenizer: ids[0] == 1)
+    question = Question("p", "code", 0, (3,), 9, None, 0)
+    drawn = [tuning._redrawn(question, draw) for draw in range(3)]
+    assert len({each.sample_id for each in drawn}) == 3
+    tuner = Tuner.__new__(Tuner)
+    tuner.models = type("Models", (), {"tokenizer": None})()
+    tuner.prompts = [Prompt(drawn, drawn[0], [0, 1])]
+    tuner.answers = [Answer("code", (3,), (1,) * 4, 9), Answer("code", (3,), (1,) * 6, 9)]
+    runs = {drawn[0]: ran(1, 2.0, 1.0), drawn[1]: ran(2, 50.0), drawn[2]: ran(1, 3.0)}
+    assert tuner._scaled(runs) == [pytest.approx((1.0 + 3.0) / 10 * 10)]
+    assert tuner._scaled({each: ran(2, 2.0) for each in drawn}) == [pytest.approx(6.0 / 15 * 10)]
+
+
+def test_several_answers_are_recorded_only_where_they_are_drawn(folder, monkeypatch):
+    monkeypatch.setattr(tuning, "usable", lambda *given: True)
+    target = load_target(TargetConfig(path=str(folder / "target"), dtype="float32"))
+    models = Models(target, load_drafter(str(folder / "drafter"), "float32"), {}, frozenset(), "float32")
+    question = Question("p", "code", 0, (1, 5, 3), 4, None, 7)
+    for temperature, answers in ((0.0, 1), (1.0, DRAWS)):
+        tuner = Tuner.__new__(Tuner)
+        tuner.models, tuner.sampling, tuner.seed = models, Sampling(temperature), 0
+        tuner.target, tuner.engines = models.engines()[0], {"drafter": models.engines()[1]}
+        prompts, recorded = tuner._answered([question])
+        assert [len(prompt.drawn) for prompt in prompts] == [answers]
+        assert list(prompts[0].answers) == list(range(answers)) and len(recorded) == answers
+    assert len({each.tokens for each in recorded}) > 1
 
 
 def test_methods_are_told_apart_where_prompts_agree_about_them():
